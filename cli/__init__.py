@@ -1,0 +1,5 @@
+"""The `longllava` command."""
+
+from .main import app
+
+__all__ = ["app"]
