@@ -1,0 +1,500 @@
+"""LongLLaVA (arXiv 2409.02889): CLIP tower, 2d pooling, projector, and Jamba with Mamba layers that carry their state.
+
+Key to the shapes:
+
+    B  rows of the batch            L  tokens of a row           H  hidden size of the language model
+    N  pictures of the whole batch, in the order of their placeholders, row by row
+    P  patches along one side of a picture (24)                  V  hidden size of the vision tower
+    C  inner channels of a Mamba layer                           K  width of its convolution (4)
+"""
+
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+)
+from transformers.models.jamba.modeling_jamba import (
+    JambaMambaDecoderLayer,
+    JambaMambaMixer,
+    load_balancing_loss_func,
+)
+from transformers.utils import can_return_tuple
+
+from .configuration_longllava import LongLlavaConfig
+from .selective_scan import selective_scan
+
+
+@dataclass
+class LongLlavaModelOutputWithPast(MoeModelOutputWithPast):
+    """Output of [`LongLlavaModel`]; `image_hidden_states` is a tuple of N tensors `(rows * columns, H)`."""
+
+    image_hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class LongLlavaCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    """Output of [`LongLlavaForConditionalGeneration`]; `image_hidden_states` as in [`LongLlavaModelOutputWithPast`]."""
+
+    image_hidden_states: tuple[Tensor, ...] | None = None
+
+
+def pool_patches(patches: Tensor, rows: int, columns: int, pooling: str = "2d") -> Tensor:
+    """Average patch features over equal areas (paper, section 3.1).
+
+    Args:
+        patches (`Tensor` of shape `(N, P * P, V)`): features of square pictures, row by row.
+        rows, columns (`int`): the grid of tokens that is left.
+        pooling (`str`): `"2d"` averages areas of the grid, `"1d"` stretches of the flat sequence, `"none"` nothing.
+
+    Returns:
+        `Tensor` of shape `(N, rows * columns, V)`.
+
+    Raises:
+        ValueError: if the grid of tokens does not divide the grid of patches.
+    """
+    count, sequence, width = patches.shape
+    side = round(sequence**0.5)
+    if pooling == "2d" and side % rows == 0 and side % columns == 0:
+        areas = patches.view(count, rows, side // rows, columns, side // columns, width)
+        return areas.mean(dim=(2, 4)).flatten(1, 2)
+    if pooling == "1d" and sequence % (rows * columns) == 0:
+        return patches.view(count, rows * columns, -1, width).mean(dim=2)
+    if pooling == "none" and rows * columns == sequence:
+        return patches
+    raise ValueError(f"{side} x {side} patches cannot be pooled to {rows} x {columns} tokens with pooling {pooling!r}")
+
+
+class LongLlavaMultiModalProjector(nn.Module):
+    """Linear, activation, linear: from the width of the vision tower to that of the language model."""
+
+    def __init__(self, config: LongLlavaConfig):
+        super().__init__()
+        hidden_size = config.text_config.hidden_size
+        self.linear_1 = nn.Linear(config.vision_config.hidden_size, hidden_size)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear_2(self.act(self.linear_1(features)))
+
+
+class CausalConv1d(nn.Conv1d):
+    """Depthwise causal convolution, channels last, after a given left context; parameters as in `nn.Conv1d`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, K - 1 + L, C) -> (B, L, C): the first K - 1 steps are context only."""
+        # As a picture of height 1 the input keeps channels last in memory, which is twice as fast on a CPU.
+        y = F.conv2d(x.transpose(1, 2).unsqueeze(2), self.weight.unsqueeze(2), self.bias, groups=self.groups)
+        return y.squeeze(2).transpose(1, 2)
+
+
+class TimeStepProjection(nn.Linear):
+    """Linear layer whose bias is added in float32: it is near -5, where bfloat16 would move the time step by 1 %."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight).float() + self.bias.float()
+
+
+class LongLlavaMambaMixer(JambaMambaMixer):
+    """Jamba's Mamba mixer (arXiv 2403.19887, section 3) that continues from a cache with any number of new tokens.
+
+    Same parameters as the native mixer. All its weights are used through modules, so that adapters, quantisation and
+    offloading, which replace or hook modules, reach each of them.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        channels, width = self.intermediate_size, self.conv_kernel_size
+        self.conv1d = CausalConv1d(channels, channels, width, groups=channels, bias=self.use_conv_bias)
+        self.dt_proj = TimeStepProjection(self.time_step_rank, channels)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache_params: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """(B, L, H) -> (B, L, H); `attention_mask` (B, L) is 0 on padding, which leaves the state as it is at zero."""
+        mask = None if attention_mask is None else attention_mask[..., None].to(hidden_states.dtype)  # (B, L, 1)
+        if mask is not None:
+            hidden_states = hidden_states * mask
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # (B, L, C) each
+
+        continues = cache_params is not None and cache_params.has_previous_state(self.layer_idx)
+        if continues:
+            layer = cache_params.layers[self.layer_idx]
+            context = layer.conv_states[0][..., 1:].transpose(1, 2)  # (B, K - 1, C)
+            initial_state = layer.recurrent_states[0]  # (B, C, states)
+        else:
+            context = x.new_zeros(x.shape[0], self.conv_kernel_size - 1, x.shape[2])
+            initial_state = None
+        x = torch.cat([context, x], dim=1)  # (B, K - 1 + L, C)
+        if cache_params is not None:
+            # The cache keeps the last K inputs, channels first, as the native mixer does.
+            cache_params.update_conv_state(x[:, -self.conv_kernel_size :].transpose(1, 2), self.layer_idx)
+        x = self.act(self.conv1d(x))  # (B, L, C)
+        if mask is not None:
+            x = x * mask
+
+        sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
+        dt, B, C = self.x_proj(x).split(sizes, dim=-1)
+        dt = self.dt_proj(self.dt_layernorm(dt))  # (B, L, C)
+        B, C = self.b_layernorm(B), self.c_layernorm(C)  # (B, L, states)
+        A = -torch.exp(self.A_log.float())
+        y, final_state = selective_scan(x, dt, A, B, C, D=self.D, z=z, initial_state=initial_state)
+        if cache_params is not None:
+            cache_params.update_recurrent_state(final_state, self.layer_idx)
+        return self.out_proj(y)
+
+
+class LongLlavaPreTrainedModel(PreTrainedModel):
+    config_class = LongLlavaConfig
+    config: LongLlavaConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CLIPEncoderLayer", "JambaAttentionDecoderLayer", "JambaMambaDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LongLlavaModel):
+            for mixer in module.modules():
+                if isinstance(mixer, LongLlavaMambaMixer):
+                    # Time steps spread over [0.001, 0.1] (Mamba, section 3.6). A zero bias, as the native Jamba has it
+                    # when it is not loaded, gives 0.7: such a state forgets within a few tokens.
+                    step = torch.empty_like(mixer.dt_proj.bias).uniform_(0, 1).mul_(4.605).add_(-6.908).exp_()
+                    init.copy_(mixer.dt_proj.bias, step.expm1().log())
+
+
+class LongLlavaModel(LongLlavaPreTrainedModel):
+    """Vision tower, projector and language model, without the head."""
+
+    def __init__(self, config: LongLlavaConfig):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = LongLlavaMultiModalProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        for index, layer in enumerate(self.language_model.layers):
+            if isinstance(layer, JambaMambaDecoderLayer):
+                layer.mamba = LongLlavaMambaMixer(config.text_config, index)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_image_features(
+        self, pixel_values: Tensor, image_grid_hw: Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """Encode, pool and project pictures, `config.vision_batch_size` of them at a time.
+
+        Args:
+            pixel_values (`Tensor` of shape `(N, 3, S, S)`): pictures; they may lie on another device than the model.
+            image_grid_hw (`Tensor` of shape `(N, 2)`, *optional*): rows and columns of tokens of each picture;
+                `config.image_grid` for all where it is missing.
+
+        Returns:
+            `BaseModelOutputWithPooling` whose `pooler_output` is a tuple of N tensors `(rows * columns, H)`.
+
+        Raises:
+            ValueError: if there are not as many grids as pictures, or a grid does not divide the patches.
+        """
+        count = pixel_values.shape[0]
+        grids = (
+            [self.config.image_grid] * count if image_grid_hw is None else [tuple(g) for g in image_grid_hw.tolist()]
+        )
+        if len(grids) != count:
+            raise ValueError(f"image_grid_hw has {len(grids)} rows, but pixel_values has {count} pictures")
+        features: list[Tensor] = []
+        for start in range(0, count, self.config.vision_batch_size):
+            group = slice(start, start + self.config.vision_batch_size)
+            patches = self._encode(pixel_values[group])
+            first = 0
+            for (rows, columns), same in groupby(grids[group]):
+                stop = first + len(list(same))
+                pooled = pool_patches(patches[first:stop], rows, columns, self.config.pooling)
+                features.extend(self.multi_modal_projector(pooled).unbind(0))
+                first = stop
+        return BaseModelOutputWithPooling(pooler_output=tuple(features))
+
+    def _encode(self, pixel_values: Tensor) -> Tensor:
+        """(N, 3, S, S) -> (N, P * P, V). Only the layers that are read are run, and only one hidden state is held."""
+        tower = self.vision_tower
+        weight = tower.embeddings.patch_embedding.weight
+        depth = self.config.vision_feature_layer
+        if depth < 0:
+            depth += len(tower.encoder.layers) + 1
+        hidden = tower.pre_layrnorm(tower.embeddings(pixel_values.to(weight.device, weight.dtype)))
+        for layer in tower.encoder.layers[:depth]:
+            hidden = layer(hidden, attention_mask=None)
+        return hidden[:, 1:]  # without the class token
+
+    def _merge(self, inputs_embeds: Tensor, is_image: Tensor, features: tuple[Tensor, ...]) -> Tensor:
+        """Put the features of the pictures where `is_image` (B, L) holds."""
+        tokens, available = int(is_image.sum()), sum(len(f) for f in features)
+        if tokens != available:
+            raise ValueError(
+                f"The input has {tokens} image tokens, but its {len(features)} pictures give {available} features"
+            )
+        if not features:
+            return inputs_embeds
+        merged = torch.cat(features).to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(is_image[..., None], merged)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_hw: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> LongLlavaModelOutputWithPast:
+        """Run the pictures and the text through the whole model.
+
+        Args:
+            input_ids (`Tensor` of shape `(B, L)`): token ids; each picture's placeholder is already repeated.
+            attention_mask (`Tensor` of shape `(B, cached + L)`, *optional*): 0 on padding.
+            past_key_values (`Cache`, *optional*): what came before; any number of new tokens may follow.
+            inputs_embeds (`Tensor` of shape `(B, L, H)`, *optional*): instead of `input_ids`, with the embedding of
+                the image token where pictures belong.
+            pixel_values (`Tensor` of shape `(N, 3, S, S)`, *optional*): the pictures of these L tokens.
+            image_grid_hw (`Tensor` of shape `(N, 2)`, *optional*): rows and columns of tokens of each picture.
+
+        Raises:
+            ValueError: if image tokens and features differ in number.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Exactly one of input_ids and inputs_embeds is needed")
+        embed = self.get_input_embeddings()
+        token = self.config.image_token_id
+        if inputs_embeds is None:
+            inputs_embeds, is_image = embed(input_ids), input_ids == token
+        else:
+            placeholder = embed(torch.tensor(token, device=inputs_embeds.device))
+            is_image = (inputs_embeds == placeholder).all(-1)
+
+        features = None
+        if pixel_values is not None:
+            features = self.get_image_features(pixel_values, image_grid_hw).pooler_output
+            inputs_embeds = self._merge(inputs_embeds, is_image, features)
+        elif input_ids is not None and input_ids.shape[1] > 1:
+            # One token alone was sampled by the model itself, and may be anything in the vocabulary.
+            inputs_embeds = self._merge(inputs_embeds, is_image, ())
+
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return LongLlavaModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            image_hidden_states=features,
+        )
+
+
+class LongLlavaForConditionalGeneration(LongLlavaPreTrainedModel, GenerationMixin):
+    """LongLLaVA with its language model head: answers questions about text, pictures and video."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: LongLlavaConfig):
+        super().__init__(config)
+        self.model = LongLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_image_features(
+        self, pixel_values: Tensor, image_grid_hw: Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """See [`LongLlavaModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, image_grid_hw, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_hw: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> LongLlavaCausalLMOutputWithPast:
+        """Arguments of [`LongLlavaModel.forward`], and:
+
+        Args:
+            labels (`Tensor` of shape `(B, L)`, *optional*): target ids, -100 where there is no loss; the model shifts.
+            output_router_logits (`bool`, *optional*): return the router logits, and add the load balancing loss times
+                `text_config.router_aux_loss_coef` to the loss.
+            logits_to_keep (`int` or `Tensor`): compute the logits of the last positions, or of these positions, only;
+                0 is all.
+        """
+        text_config = self.config.text_config
+        if output_router_logits is None:
+            output_router_logits = text_config.output_router_logits
+        if labels is not None and use_cache is None:
+            use_cache = False  # nothing continues from a training step
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            image_grid_hw=image_grid_hw,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+
+        loss, aux_loss = None, None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, text_config.vocab_size, **kwargs)
+        if output_router_logits and outputs.router_logits:  # a dense model has none
+            aux_loss = load_balancing_loss_func(
+                outputs.router_logits, text_config.num_experts, text_config.num_experts_per_tok, attention_mask
+            )
+            if loss is not None:
+                loss = loss + text_config.router_aux_loss_coef * aux_loss.to(loss.device)
+        return LongLlavaCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_hw: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
+    ) -> dict:
+        """Hand the pictures to the first forward pass only, and of those only the ones that are not in the cache.
+
+        Raises:
+            ValueError: if the cache ends inside a picture, or pictures and image tokens differ in number.
+        """
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if pixel_values is None or not (is_first_iteration or kwargs.get("use_cache") is False):
+            return inputs
+        if next_sequence_length is not None and next_sequence_length < input_ids.shape[1]:
+            rows = self._pictures_by_row(input_ids, pixel_values, image_grid_hw)
+            cached = (input_ids[:, :-next_sequence_length] == self.config.image_token_id).sum(1).tolist()
+            new = []
+            for row, (pictures, seen) in enumerate(zip(rows, cached, strict=True)):
+                for index, tokens in pictures:
+                    if 0 < seen < tokens:
+                        raise ValueError(
+                            f"The cache ends inside picture {index} (row {row}): it holds {seen} of its {tokens} tokens"
+                        )
+                    if seen == 0:
+                        new.append(index)
+                    seen = max(seen - tokens, 0)
+            if not new:
+                return inputs
+            pixel_values = pixel_values[new]
+            image_grid_hw = None if image_grid_hw is None else image_grid_hw[new]
+        return inputs | {"pixel_values": pixel_values, "image_grid_hw": image_grid_hw}
+
+    def _pictures_by_row(
+        self, input_ids: Tensor, pixel_values: Tensor, image_grid_hw: Tensor | None
+    ) -> list[list[tuple[int, int]]]:
+        """For every row of the batch its pictures: (index in `pixel_values`, number of tokens)."""
+        if image_grid_hw is None:
+            rows, columns = self.config.image_grid
+            tokens = [rows * columns] * pixel_values.shape[0]
+        else:
+            tokens = image_grid_hw.prod(-1).tolist()
+        pictures = iter(enumerate(tokens))
+        by_row = []
+        for row, wanted in enumerate((input_ids == self.config.image_token_id).sum(1).tolist()):
+            found, got = [], 0
+            while got < wanted and (picture := next(pictures, None)) is not None:
+                found.append(picture)
+                got += picture[1]
+            if got != wanted:
+                raise ValueError(f"Row {row} has {wanted} image tokens, but its {len(found)} pictures give {got}")
+            by_row.append(found)
+        if (left := len(list(pictures))) > 0:
+            raise ValueError(
+                f"{len(tokens)} pictures are given, but the image tokens account for {len(tokens) - left}"
+            )
+        return by_row
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs
+    ) -> tuple[Tensor | None, dict]:
+        """Repeat rows for beams or several answers; a row's pictures are repeated together, to stay in prompt order."""
+        pixel_values = model_kwargs.pop("pixel_values", None)
+        image_grid_hw = model_kwargs.pop("image_grid_hw", None)
+        if pixel_values is not None and expand_size > 1 and input_ids is not None:
+            rows = self._pictures_by_row(input_ids, pixel_values, image_grid_hw)
+            order = [index for pictures in rows for _ in range(expand_size) for index, _ in pictures]
+            pixel_values = pixel_values[order]
+            image_grid_hw = None if image_grid_hw is None else image_grid_hw[order]
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if pixel_values is not None:
+            model_kwargs |= {"pixel_values": pixel_values, "image_grid_hw": image_grid_hw}
+        return input_ids, model_kwargs
+
+
+__all__ = ["LongLlavaForConditionalGeneration", "LongLlavaModel", "LongLlavaPreTrainedModel"]
