@@ -12,7 +12,6 @@ from .configuration_longllava import LongLlavaConfig
 from .modeling_longllava import LongLlavaForConditionalGeneration, LongLlavaModel, LongLlavaPreTrainedModel
 from .selective_scan import selective_scan, selective_scan_backend, selective_scan_ref
 
-
 AutoConfig.register("longllava", LongLlavaConfig)
 for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM):
     auto_class.register(LongLlavaConfig, LongLlavaForConditionalGeneration)

@@ -20,7 +20,7 @@ class LongLlavaConfig(PreTrainedConfig):
             output of its embeddings, negative numbers count from the last. The class token is dropped.
         pooling (`"2d"`, `"1d"` or `"none"`, *optional*, defaults to `"2d"`): mean over equal areas of the patch grid
             (paper, section 3.1), over equal stretches of the flat patch sequence, or no pooling.
-        tokens_per_image (`int`, *optional*, defaults to 144): tokens of a picture for which no `image_grid_hw` is given.
+        tokens_per_image (`int`, *optional*, defaults to 144): tokens of a picture without an `image_grid_hw`.
         projector_hidden_act (`str`, *optional*, defaults to `"gelu"`): activation between the projector's two layers.
         vision_batch_size (`int`, *optional*, defaults to 32): pictures the vision tower encodes at a time.
 
@@ -85,7 +85,8 @@ class LongLlavaConfig(PreTrainedConfig):
         rows, columns = self.image_grid
         if self.pooling == "2d" and (rows * columns != tokens or side % rows):
             raise ValueError(
-                f"tokens_per_image is {tokens}, but 2d pooling of {side} x {side} patches needs the square of a divisor of {side}"
+                f"tokens_per_image is {tokens}, but 2d pooling of {side} x {side} patches needs "
+                f"the square of a divisor of {side}"
             )
         if self.pooling == "1d" and side * side % tokens:
             raise ValueError(f"tokens_per_image is {tokens}, but 1d pooling needs a divisor of {side * side} patches")

@@ -15,8 +15,8 @@ Glossary (symbol in the paper in brackets):
     h_t     = exp(delta_t A) h_(t-1) + delta_t B_t x_t
     y_t     = (C_t . h_t + D x_t) silu(z_t)
 
-Everything is channels last, so that the mixer around it transposes nothing. `selective_scan_ref` is the plain loop that
-defines the result; `selective_scan` gives the same numbers from the fastest backend that is there.
+Everything is channels last, so that the mixer around it transposes nothing. `selective_scan_ref` is the plain loop
+that defines the result; `selective_scan` gives the same numbers from the fastest backend that is there.
 """
 
 import importlib
@@ -26,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
 
 # Steps between two states that are kept for the backward pass, and values of one step that are worked on at a time:
 # together they bound every temporary tensor to CHUNK_LENGTH * BLOCK_VALUES float32 numbers (8 MB), which stays in cache.
@@ -150,10 +149,10 @@ def _check_shapes(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx) -> None
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but x {tuple(x.shape)} needs {shape}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# PyTorch: chunks of time, blocks of channels. Inside a chunk tensors are (time, batch, state, channel): the step is one
-# in-place operation on contiguous memory, and the sums over states or channels are matrix products.
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
+# PyTorch: chunks of time, blocks of channels. Inside a chunk tensors are (time, batch, state, channel): a step is one
+# in-place operation on contiguous memory, and sums over states or channels are matrix products.
+# ----------------------------------------------------------------------------------------------------
 
 
 def _blocks(x: Tensor, states: int) -> list[slice]:
@@ -173,7 +172,7 @@ def _time_first(tensor: Tensor, chunk: slice, block: slice = slice(None)) -> Ten
 
 
 def _same_sequence(seq_idx: Tensor, chunk: slice) -> Tensor:
-    """(time, batch, 1, 1): 1 where a step continues the sequence of the step before it, 0 where it starts a new one."""
+    """(time, batch, 1, 1): 1 where a step continues the sequence of the step before, 0 where it starts a new one."""
     same = torch.ones_like(seq_idx[:, chunk], dtype=torch.float32)
     first = 1 if chunk.start == 0 else 0
     same[:, first:] = (
@@ -325,9 +324,9 @@ class _ChunkedScan(torch.autograd.Function):
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # The CUDA kernel of mamba_ssm
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 
 def _scan_with_kernel(kernel, x, dt, A, B, C, D, z, dt_bias, initial_state) -> tuple[Tensor, Tensor]:
