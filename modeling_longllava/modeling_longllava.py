@@ -43,7 +43,7 @@ class LongLlavaModelOutputWithPast(MoeModelOutputWithPast):
 
 @dataclass
 class LongLlavaCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
-    """Output of [`LongLlavaForConditionalGeneration`]; `image_hidden_states` as in [`LongLlavaModelOutputWithPast`]."""
+    """Output of [`LongLlavaForConditionalGeneration`]; the pictures as in [`LongLlavaModelOutputWithPast`]."""
 
     image_hidden_states: tuple[Tensor, ...] | None = None
 
@@ -442,7 +442,7 @@ class LongLlavaForConditionalGeneration(LongLlavaPreTrainedModel, GenerationMixi
                 for index, tokens in pictures:
                     if 0 < seen < tokens:
                         raise ValueError(
-                            f"The cache ends inside picture {index} (row {row}): it holds {seen} of its {tokens} tokens"
+                            f"The cache ends inside picture {index} of row {row}: it holds {seen} of {tokens} tokens"
                         )
                     if seen == 0:
                         new.append(index)
@@ -481,7 +481,7 @@ class LongLlavaForConditionalGeneration(LongLlavaPreTrainedModel, GenerationMixi
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs
     ) -> tuple[Tensor | None, dict]:
-        """Repeat rows for beams or several answers; a row's pictures are repeated together, to stay in prompt order."""
+        """Repeat rows for beams or several answers; the pictures of a row stay together, in prompt order."""
         pixel_values = model_kwargs.pop("pixel_values", None)
         image_grid_hw = model_kwargs.pop("image_grid_hw", None)
         if pixel_values is not None and expand_size > 1 and input_ids is not None:

@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Steps between two states that are kept for the backward pass, and values of one step that are worked on at a time:
-# together they bound every temporary tensor to CHUNK_LENGTH * BLOCK_VALUES float32 numbers (8 MB), which stays in cache.
+# Steps between two states that are kept for the backward pass, and values of one step that are worked on at a time.
+# Together they bound every temporary tensor to CHUNK_LENGTH * BLOCK_VALUES float32 numbers (8 MB), near the caches.
 CHUNK_LENGTH = 64
 BLOCK_VALUES = 32768
 
@@ -336,33 +336,41 @@ def _scan_with_kernel(kernel, x, dt, A, B, C, D, z, dt_bias, initial_state) -> t
     B = (0, .., 1, .., 0) and an x that leaves h[n] exactly as wanted after the decay of the pseudo-steps that follow.
     """
     batch, _, channels = x.shape
+    # The kernel wants one dtype for all. The widest, since a time step or a state must not be rounded to that of x.
+    dtype = torch.promote_types(x.dtype, dt.dtype) if initial_state is None else torch.float32
+    sequences = [None if t is None else t.to(dtype) for t in (x, dt, B, C, z)]
     A = A.float()
-    states = A.shape[1]
     lead = 0
     if initial_state is not None:
-        # Time step of the pseudo-steps: small, so that what they decay and have to make up for stays close to one.
-        step, lead = 2.0**-10, states
-        later = torch.arange(states - 1, -1, -1, device=x.device)  # pseudo-steps that follow step n
-        written = initial_state.float() * torch.exp(-A * step * later) / step  # (batch, channels, states)
+        lead = A.shape[1]
+        step = 2.0**-10  # small, so that the decay of the pseudo-steps, and what makes up for it, stays near one
+        following = torch.arange(lead - 1, -1, -1, device=x.device)  # pseudo-steps after step n
+        written = initial_state.float() * torch.exp(-A * step * following) / step  # (batch, channels, states)
         raw = torch.full((channels,), step, device=x.device).expm1().log()  # softplus of this is `step`
         if dt_bias is not None:
             raw = raw - dt_bias.float()
-        # In float32, since a state must not be rounded to the dtype of the inputs.
-        x = torch.cat([written.transpose(1, 2), x.float()], dim=1)
-        dt = torch.cat([raw.expand(batch, states, channels), dt.float()], dim=1)
-        B = torch.cat([torch.eye(states, device=x.device).expand(batch, -1, -1), B.float()], dim=1)
-        C = torch.cat([C.new_zeros(batch, states, states), C], dim=1).float()
-        z = None if z is None else torch.cat([z.new_zeros(batch, states, channels), z], dim=1).float()
+        zeros = A.new_zeros(batch, lead, channels)
+        leads = (
+            written.transpose(1, 2),
+            raw.expand(batch, lead, channels),
+            torch.eye(lead, device=x.device).expand(batch, -1, -1),
+            zeros[..., :1].expand(-1, -1, lead),
+            zeros,
+        )
+        sequences = [
+            None if t is None else torch.cat([front, t], 1) for front, t in zip(leads, sequences, strict=True)
+        ]
+    u, delta, B, C, z = (None if t is None else t.transpose(1, 2) for t in sequences)
     y, final_state = kernel(
-        x.transpose(1, 2),
-        dt.to(x.dtype).transpose(1, 2),
+        u,
+        delta,
         A,
-        B.to(x.dtype).transpose(1, 2),
-        C.to(x.dtype).transpose(1, 2),
+        B,
+        C,
         D=None if D is None else D.float(),
-        z=None if z is None else z.to(x.dtype).transpose(1, 2),
+        z=z,
         delta_bias=None if dt_bias is None else dt_bias.float(),
         delta_softplus=True,
         return_last_state=True,
     )
-    return y.transpose(1, 2)[:, lead:], final_state.float()
+    return y.transpose(1, 2)[:, lead:].to(x.dtype), final_state.float()

@@ -1,0 +1,185 @@
+"""The fast selective scan against the plain loop that defines it: outputs, states and gradients."""
+
+import importlib
+
+import pytest
+import torch
+from torch import Tensor
+
+from longllava.modeling_longllava import selective_scan, selective_scan_backend, selective_scan_ref
+
+# `longllava.modeling_longllava.selective_scan` is the function; this is the module of the same name.
+scan_module = importlib.import_module("longllava.modeling_longllava.selective_scan")
+
+
+def arguments(
+    batch=2, length=70, channels=37, states=16, dtype=torch.float32, grad=False, seed=0
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape, dtype=torch.float32):
+        return torch.randn(*shape, generator=generator).to(dtype).requires_grad_(grad)
+
+    return {
+        "x": random(batch, length, channels, dtype=dtype),
+        "dt": random(batch, length, channels, dtype=dtype),
+        "A": (-4 * torch.rand(channels, states, generator=generator)).requires_grad_(grad),
+        "B": random(batch, length, states, dtype=dtype),
+        "C": random(batch, length, states, dtype=dtype),
+        "D": random(channels),
+        "z": random(batch, length, channels, dtype=dtype),
+        "dt_bias": random(channels),
+        "initial_state": random(batch, channels, states),
+    }
+
+
+def sequences(batch: int, length: int) -> Tensor:
+    """Rows that change their sequence at different steps, the first one also right after its first step."""
+    steps = torch.arange(length)
+    return torch.stack([(steps + row) // 7 + (steps > 0) * (row == 0) for row in range(batch)])
+
+
+def assert_same(actual: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
+    error = (actual.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1e-6)
+    assert error < tolerance, f"{name}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 150])
+@pytest.mark.parametrize("resets", [False, True])
+def test_outputs_and_gradients_equal_the_loop(length, resets):
+    args = arguments(length=length, grad=True)
+    seq_idx = sequences(2, length) if resets else None
+    results = []
+    for function in (selective_scan, selective_scan_ref):
+        y, state = function(**args, seq_idx=seq_idx)
+        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+        # Both outputs at once, so that the gradient through the final state is tested with the other.
+        loss = (y * weights).sum() + (state * state.detach().cos()).sum()
+        results.append((y, state, torch.autograd.grad(loss, list(args.values()))))
+    (y, state, grads), (y_ref, state_ref, grads_ref) = results
+    assert_same(y, y_ref, 1e-5, "y")
+    assert_same(state, state_ref, 1e-5, "state")
+    for name, grad, grad_ref in zip(args, grads, grads_ref, strict=True):
+        assert_same(grad, grad_ref, 1e-5, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_states_are_float32_under_half_precision_inputs(dtype):
+    args = arguments(length=130, dtype=dtype, grad=True)
+    y, state = selective_scan(**args)
+    y_ref, state_ref = selective_scan_ref(**args)
+    assert y.dtype == dtype and state.dtype == torch.float32
+    # The same float32 arithmetic on the same rounded inputs: only the last rounding of y may differ.
+    assert_same(state, state_ref, 1e-5, "state")
+    assert_same(y, y_ref, torch.finfo(dtype).eps, "y")
+    grads = torch.autograd.grad(y.float().sum() + state.sum(), list(args.values()))
+    grads_ref = torch.autograd.grad(y_ref.float().sum() + state_ref.sum(), list(args.values()))
+    for name, grad, grad_ref in zip(args, grads, grads_ref, strict=True):
+        assert grad.dtype == args[name].dtype
+        assert_same(grad, grad_ref, 2 * torch.finfo(dtype).eps, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("missing", ["D", "z", "dt_bias", "initial_state"])
+def test_optional_arguments(missing):
+    args = arguments(grad=True)
+    args[missing] = None
+    y, state = selective_scan(**args)
+    y_ref, state_ref = selective_scan_ref(**args)
+    assert_same(y, y_ref, 1e-5, "y")
+    given = {name: tensor for name, tensor in args.items() if tensor is not None}
+    grads = torch.autograd.grad(y.sum() + state.sum(), list(given.values()))
+    grads_ref = torch.autograd.grad(y_ref.sum() + state_ref.sum(), list(given.values()))
+    for name, grad, grad_ref in zip(given, grads, grads_ref, strict=True):
+        assert_same(grad, grad_ref, 1e-5, f"gradient of {name}")
+
+
+def test_many_blocks_of_channels(monkeypatch):
+    monkeypatch.setattr(scan_module, "BLOCK_VALUES", 64)  # 32 channels at a time
+    args = arguments(channels=70, states=4, grad=True)
+    y, state = selective_scan(**args)
+    y_ref, state_ref = selective_scan_ref(**args)
+    assert_same(y, y_ref, 1e-5, "y")
+    assert_same(state, state_ref, 1e-5, "state")
+    grads = torch.autograd.grad(y.sum() + state.sum(), list(args.values()))
+    grads_ref = torch.autograd.grad(y_ref.sum() + state_ref.sum(), list(args.values()))
+    for name, grad, grad_ref in zip(args, grads, grads_ref, strict=True):
+        assert_same(grad, grad_ref, 1e-5, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64])
+def test_pieces_with_a_carried_state_equal_the_whole(piece):
+    args = arguments(length=100)
+    whole, final = selective_scan(**args)
+    state, outputs = args["initial_state"], []
+    for start in range(0, 100, piece):
+        steps = slice(start, start + piece)
+        part = {name: args[name][:, steps] for name in ("x", "dt", "B", "C", "z")}
+        y, state = selective_scan(**args | part | {"initial_state": state})
+        outputs.append(y)
+    assert_same(torch.cat(outputs, 1), whole, 1e-5, "y")
+    assert_same(state, final, 1e-5, "state")
+
+
+def test_a_reset_separates_rows_that_are_packed():
+    args = arguments(batch=1, length=50) | {"initial_state": None}
+    packed, _ = selective_scan(**args, seq_idx=(torch.arange(50) >= 20).long()[None])
+    for steps in (slice(0, 20), slice(20, 50)):
+        alone, _ = selective_scan(**args | {name: args[name][:, steps] for name in ("x", "dt", "B", "C", "z")})
+        assert_same(packed[:, steps], alone, 1e-5, f"steps {steps}")
+
+
+def test_the_initial_state_is_not_written_to():
+    for channels, states in ((8, 4), (1, 4), (8, 1)):  # with a side of 1 a transposed tensor is a view
+        args = arguments(length=3, channels=channels, states=states)
+        before = args["initial_state"].clone()
+        selective_scan(**args)
+        assert torch.equal(args["initial_state"], before)
+
+
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_is_carried_exactly_through_a_kernel_without_one(state, dtype):
+    """The wrapper of `mamba_ssm`, whose kernel has channels before length and always starts from zero."""
+
+    def kernel(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
+        assert delta_softplus and return_last_state
+        swap = [tensor.transpose(1, 2) for tensor in (u, delta, B, C, z)]
+        y, last = selective_scan_ref(swap[0], swap[1], A, swap[2], swap[3], D=D, z=swap[4], dt_bias=delta_bias)
+        return y.transpose(1, 2), last
+
+    args = arguments(dtype=dtype)
+    if not state:
+        args["initial_state"] = None
+    y, final = scan_module._scan_with_kernel(kernel, *args.values())
+    y_ref, final_ref = selective_scan_ref(**args)
+    assert y.dtype == y_ref.dtype and y.shape == y_ref.shape
+    assert_same(y, y_ref, 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps, "y")
+    assert_same(final, final_ref, 1e-5, "state")
+
+
+def test_backend_on_a_cpu():
+    assert selective_scan_backend("cpu") == "torch"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: the kernels of mamba_ssm cannot run")
+def test_on_a_gpu():
+    args = {name: tensor.cuda() for name, tensor in arguments(length=130).items()}
+    y, state = selective_scan(**args)
+    y_ref, state_ref = selective_scan_ref(**args)
+    assert_same(y, y_ref, 1e-4, f"y ({selective_scan_backend()})")
+    assert_same(state, state_ref, 1e-4, "state")
+
+
+@pytest.mark.parametrize("function", [selective_scan, selective_scan_ref])
+@pytest.mark.parametrize("name", ["dt", "B", "C", "D", "z", "dt_bias", "initial_state"])
+def test_errors_name_the_argument_and_both_shapes(function, name):
+    args = arguments()
+    args[name] = args[name][..., :-1]
+    shape = tuple(args[name].shape)
+    with pytest.raises(ValueError, match=rf"^{name} has shape \({', '.join(map(str, shape))}.*\(2, 70, 37\)"):
+        function(**args)
+
+
+def test_nothing_to_scan():
+    with pytest.raises(ValueError, match="length 0"):
+        selective_scan(**arguments(length=0))
