@@ -1,10 +1,217 @@
-"""The `longllava` command; every heavy import is inside the command that needs it, so that `--help` is quick."""
+"""The `longllava` command: chat, convert, export, push, evaluate, train.
+
+Every heavy import stands inside the command that needs it, so that `longllava --help` answers at once.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, ParamSpec
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="LongLLaVA: questions about many pictures, long videos, big images.")
+P = ParamSpec("P")
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+evaluate_app = typer.Typer(no_args_is_help=True)
+app.add_typer(evaluate_app, name="evaluate", help="Measure a model.")
+
+# A checkout has the pocket model beside this folder; an installed wheel does not, and asks for --model.
+POCKET = Path(__file__).resolve().parent.parent / "spaces_demo" / "pocket"
 
 
 @app.callback()
-def main() -> None:
-    """LongLLaVA: questions about many pictures, long videos, big images."""
+def main(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
+) -> None:
+    """LongLLaVA: questions about many pictures, long videos and very large images."""
+    context.obj = debug
+
+
+def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """Make an exception of the command one line on stderr and exit code 1, unless `--debug` asks for the traceback.
+
+    Errors of usage (a wrong option) never come here: typer raises them before the command runs.
+    """
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
+        except Exception as error:
+            if kwargs["context"].obj:
+                raise
+            message = " ".join(str(error).split()) or type(error).__name__
+            typer.echo(f"longllava: {message}", err=True)
+            raise typer.Exit(1) from None
+
+    return run
+
+
+@app.command()
+@one_line_errors
+def chat(
+    context: typer.Context,
+    media: Annotated[
+        list[str] | None,
+        typer.Argument(help="Pictures, videos, folders of them, URLs, in this order.", metavar="MEDIA"),
+    ] = None,
+    question: Annotated[
+        str | None, typer.Option("--question", "-q", help="One question; without it, a conversation, line by line.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Folder or Hub id. In a checkout: spaces_demo/pocket.")
+    ] = None,
+    tokens_per_image: Annotated[
+        int | None, typer.Option(help="Tokens of a picture: a square such as 144 or 36. By default the model's.")
+    ] = None,
+    tokens_per_frame: Annotated[
+        int | None, typer.Option(help="The same for a frame of a video. By default that of a picture.")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of each video, evenly spaced.", min=1)] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames of each second of a video, instead of --frames.")] = None,
+    tiles: Annotated[
+        int,
+        typer.Option(help="Cut each picture into at most so many tiles besides showing it whole; 0: do not.", min=0),
+    ] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1 ...")] = "auto",
+) -> None:
+    """Ask about pictures and videos: one question, or a conversation.
+
+    The answer goes to the standard output while it is written; what each picture and video costs of the model's
+    window goes to the standard error.
+
+    longllava chat a.jpg b.jpg -q "What changed?"
+
+    longllava chat holiday/ film.mp4 --frames 32
+    """
+    import sys
+
+    import torch
+    from transformers.utils import logging
+
+    from longllava.modeling_longllava import LongLlavaForConditionalGeneration
+    from longllava.processing import LongLlavaProcessor
+
+    from .chat import Conversation, describe_costs, find_media
+
+    found = find_media(media or [])
+    if model is None and not POCKET.is_dir():
+        raise typer.BadParameter("which model? --model takes a folder or a Hub id")
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"--dtype is auto, float32, bfloat16 or float16, not {dtype}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    # One line about tokens and the answer are all that is to be seen.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    source = model or str(POCKET)
+    conversation = Conversation(
+        LongLlavaForConditionalGeneration.from_pretrained(source, dtype=dtype).to(device).eval(),
+        LongLlavaProcessor.from_pretrained(source),
+        found,
+        max_new_tokens=max_new_tokens,
+        tokens_per_image=tokens_per_image,
+        tokens_per_frame=tokens_per_frame,
+        sub_images=tiles > 0,
+        max_tiles=tiles or None,
+        num_frames=frames,
+        fps=fps,
+    )
+    for number, text in enumerate(questions(question)):
+        conversation.add_question(text)
+        costs = [] if number else conversation.costs
+        for line in describe_costs(costs, conversation.prompt_length, conversation.window):
+            typer.echo(line, err=True)
+        sys.stderr.flush()
+        conversation.answer()
+
+
+def questions(question: str | None) -> Iterator[str]:
+    """The one question, or what is typed, line by line, until the end of input or an interrupt."""
+    if question is not None:
+        yield question
+        return
+    import readline  # noqa: F401 (arrow keys and history in input())
+    import sys
+
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if text:
+            yield text
+
+
+@app.command()
+@one_line_errors
+def convert(
+    context: typer.Context,
+    src: Annotated[str, typer.Argument(help="Original checkpoint (llava_jamba): folder or Hub id.")],
+    dst: Annotated[Path, typer.Argument(help="New folder, complete for the Hub.")],
+    vision_tower: Annotated[
+        str | None, typer.Option(help="CLIP tower (folder or Hub id), where the checkpoint names none that exists.")
+    ] = None,
+    image_token_id: Annotated[
+        int | None, typer.Option(help="Id of the piece that becomes <image>. By default an unused one.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer (folder or Hub id), where the checkpoint has none.")
+    ] = None,
+) -> None:
+    """Convert an original LongLLaVA checkpoint to this package's layout, file by file."""
+    from longllava.modeling_longllava.convert import convert_checkpoint
+
+    written = convert_checkpoint(
+        src, dst, vision_tower=vision_tower, image_token_id=image_token_id, tokenizer=tokenizer
+    )
+    typer.echo(f"written: {written}")
+
+
+@app.command()
+@one_line_errors
+def export(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Model: folder or Hub id.")],
+    dst: Annotated[Path, typer.Argument(help="New folder.")],
+) -> None:
+    """Write a folder that works anywhere with trust_remote_code=True, without this package."""
+    from longllava.modeling_longllava.hub import export_model
+
+    typer.echo(f"written: {export_model(model, dst)}")
+
+
+@app.command()
+@one_line_errors
+def push(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Model: folder or Hub id.")],
+    repo_id: Annotated[str, typer.Argument(help="Repository on the Hub: owner/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Create the repository private.")] = False,
+) -> None:
+    """Export a model and upload it to the Hub, with the login of `hf auth login`."""
+    from longllava.modeling_longllava.hub import push_model
+
+    typer.echo(f"uploaded: {push_model(model, repo_id, private=private)}")
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+@one_line_errors
+def train(context: typer.Context) -> None:
+    """Train by a recipe: --config recipes/X.yaml; any further --option wins over the recipe's."""
+    from longllava.trainers.sft import main as train_by_recipe
+
+    train_by_recipe(context.args)

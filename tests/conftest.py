@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlavaImageProcessorPil, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -102,10 +102,11 @@ def tiny_config() -> Callable[..., Any]:
             "num_experts_per_tok": min(2, num_experts),
             # A dense model has no router, so there is no loss to balance it.
             "router_aux_loss_coef": 0.001 if num_experts > 1 else 0.0,
+            # Wide enough that an answer depends on everything before it.
+            "initializer_range": 0.1,
             "mamba_d_state": 8,
             "mamba_dt_rank": 4,
             "mamba_expand": 2,
-            "use_mamba_kernels": False,
             "pad_token_id": 0,
             "bos_token_id": 1,
             "eos_token_id": 2,
@@ -128,6 +129,29 @@ def tiny_model(tiny_config: Callable[..., Any]) -> Callable[..., Any]:
         return LongLlavaForConditionalGeneration(tiny_config(**settings)).eval()
 
     return build
+
+
+@pytest.fixture
+def tiny_processor(tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[..., Any]:
+    """`tiny_processor(**settings)` -> LongLlavaProcessor that fits the tiny model: 56 pixels, 4 tokens per picture."""
+
+    def build(**settings: Any) -> Any:
+        from longllava.processing import LongLlavaProcessor
+
+        size = {"shortest_edge": 56}
+        image_processor = LlavaImageProcessorPil(do_pad=True, size=size, crop_size={"height": 56, "width": 56})
+        return LongLlavaProcessor(image_processor, tiny_tokenizer, **{"tokens_per_image": 4, **settings})
+
+    return build
+
+
+@pytest.fixture
+def tiny_folder(tiny_model: Callable[..., Any], tiny_processor: Callable[..., Any], tmp_path: Path) -> Path:
+    """Model and processor saved side by side, as a user has them."""
+    folder = tmp_path / "tiny"
+    tiny_model().save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
 
 
 def picture(seed: int, width: int, height: int) -> Image.Image:
