@@ -26,7 +26,7 @@ import bisect
 import math
 import re
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -378,7 +378,6 @@ class LongLlavaProcessor(ProcessorMixin):
         image_token: the placeholder, one token of the vocabulary.
     """
 
-    _auto_class = "AutoProcessor"
     video_token = "<video>"  # ordinary text: the prompt that reaches the model holds only pictures
 
     def __init__(
@@ -441,7 +440,7 @@ class LongLlavaProcessor(ProcessorMixin):
         audio: None = None,
         tokens_per_image: int | None = None,
         tokens_per_frame: int | None = None,
-        sub_images: bool = False,
+        sub_images: bool | Sequence[bool] = False,
         max_tiles: int | None = None,
         num_frames: int | None = None,
         fps: float | None = None,
@@ -466,7 +465,8 @@ class LongLlavaProcessor(ProcessorMixin):
             videos: the same with videos. See `read_video`; a list of pictures or an array with four axes is one video.
             tokens_per_image, tokens_per_frame: a square number each. A `tokens_per_image` of the call is also that of
                 frames, unless the call or the checkpoint has one for frames.
-            sub_images: give every picture its tiles (see the head of this file), at most `max_tiles`.
+            sub_images: give every picture its tiles (see the head of this file), at most `max_tiles`; also one choice
+                per prompt.
             num_frames, fps: frames per video, evenly spaced, or frames per second of it; at most `max_frames` in both
                 cases. With neither, `max_frames` evenly spaced. The checkpoint's `max_frames` never cuts `num_frames`.
             truncation, max_length: cut the text behind (or, by the tokenizer's `truncation_side`, before) `max_length`
@@ -494,51 +494,52 @@ class LongLlavaProcessor(ProcessorMixin):
         if text is None:
             if images is None or videos is not None:
                 raise ValueError("give text, or pictures alone")
-            prompts = [self.image_token * len(_one_list(images))]
+            images = _one_list(images)
+            prompts = [self.image_token * len(images)]
         else:
             prompts = [text] if isinstance(text, str) else list(text)
-            for number, prompt in enumerate(prompts):
-                if not isinstance(prompt, str):
-                    raise TypeError(f"prompt {number} is a {type(prompt).__name__}, not a string")
+        for number, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise TypeError(f"prompt {number} is a {type(prompt).__name__}, not a string")
+        tiled = [sub_images] * len(prompts) if isinstance(sub_images, bool) else list(sub_images)
+        if len(tiled) != len(prompts):
+            raise ValueError(f"{len(tiled)} choices of sub_images are given for {len(prompts)} prompts")
+
+        pixels: list[np.ndarray] = []  # (S, S, 3) uint8 each, in the order of the placeholders
+        sides: list[int] = []  # rows and columns of tokens of each
+        metadata: list[dict[str, Any]] = []
+        picture_tag = f"<img>{self.image_token}</img>"
+
+        def expand_image(source: Any, with_tiles: bool) -> str:
+            picture = read_picture(source, f"picture {len(pixels)}")
+            tiles = cut_tiles(picture, self.image_size, max_tiles) if with_tiles else []
+            pixels.extend(self._square(part) for part in [picture, *(tile for row in tiles for tile in row)])
+            sides.extend([image_side] * (len(pixels) - len(sides)))
+            return "\n".join([self.image_token, *(picture_tag * len(row) for row in tiles)])
+
+        def expand_video(source: Any) -> str:
+            frames, info = read_video(source, f"video {len(metadata)}", choose, self._square)
+            pixels.extend(frames)
+            sides.extend([frame_side] * len(frames))
+            metadata.append(info)
+            return f"<vid>{'<t>'.join([picture_tag] * len(frames))}</vid>"
 
         images_by_prompt = _by_prompt(images, [prompt.count(self.image_token) for prompt in prompts], "image")
         videos_by_prompt = _by_prompt(videos, [prompt.count(self.video_token) for prompt in prompts], "video")
-
-        pixels: list[np.ndarray] = []  # (S, S, 3) uint8 each, in the order of the placeholders
-        sides: list[int] = []
-        metadata: list[dict[str, Any]] = []
-        rows: list[tuple[np.ndarray, np.ndarray]] = []  # ids and positions
-        picture_tag = f"<img>{self.image_token}</img>"
+        rows: list[tuple[np.ndarray, np.ndarray]] = []  # ids (L,) and positions (L, 2) of each prompt
         for number, prompt in enumerate(prompts):
-            first_side = len(sides)
-            own_images, own_videos = iter(images_by_prompt[number]), iter(videos_by_prompt[number])
-            pieces, old_bounds, new_bounds = [], [0], [0]
-            end = length = 0
-            for match in re.finditer(f"{re.escape(self.image_token)}|{re.escape(self.video_token)}", prompt):
-                if match.group() == self.image_token:
-                    picture = read_picture(next(own_images), f"picture {len(pixels)}")
-                    tiles = cut_tiles(picture, self.image_size, max_tiles) if sub_images else []
-                    pixels += [self._square(part) for part in [picture, *(tile for row in tiles for tile in row)]]
-                    sides += [image_side] * (len(pixels) - len(sides))
-                    replacement = "\n".join([self.image_token, *(picture_tag * len(row) for row in tiles)])
-                else:
-                    frames, info = read_video(next(own_videos), f"video {len(metadata)}", choose, self._square)
-                    pixels += frames
-                    sides += [frame_side] * len(frames)
-                    metadata.append(info)
-                    replacement = f"<vid>{'<t>'.join([picture_tag] * len(frames))}</vid>"
-                pieces += [prompt[end : match.start()], replacement]
-                length += match.start() - end
-                old_bounds += [match.start(), match.end()]
-                new_bounds += [length, length + len(replacement)]
-                length, end = new_bounds[-1], match.end()
-            pieces.append(prompt[end:])
+            before = len(sides)
+            expanded, new_bounds, old_bounds = _substitute(
+                prompt,
+                {
+                    self.image_token: (expand_image(source, tiled[number]) for source in images_by_prompt[number]),
+                    self.video_token: (expand_video(source) for source in videos_by_prompt[number]),
+                },
+            )
             if text is None:
                 continue
-            ids, offsets = self._tokenize("".join(pieces), sides[first_side:])
-            # Back to positions in the prompt as it was given: straight lines between the bounds of replacements.
-            old_bounds.append(len(prompt))
-            new_bounds.append(length + len(prompt) - end)
+            ids, offsets = self._tokenize(expanded, sides[before:])
+            # Back to positions in the prompt as it was given.
             offsets = np.interp(offsets, new_bounds, old_bounds).astype(np.int64)
             if add_special_tokens and ids[:1].tolist() != [self.tokenizer.bos_token_id]:
                 ids = np.concatenate([[self.tokenizer.bos_token_id], ids])
@@ -702,7 +703,7 @@ class LongLlavaProcessor(ProcessorMixin):
 
     def apply_chat_template(
         self,
-        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        conversation: Any,
         chat_template: str | None = None,
         tools: list[Any] | None = None,
         documents: list[dict[str, str]] | None = None,
@@ -714,9 +715,10 @@ class LongLlavaProcessor(ProcessorMixin):
         return_dict: bool = False,
         load_audio_from_video: bool = False,
         processor_kwargs: dict[str, Any] | None = None,
+        sanitize_control_tokens: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """A conversation, or a list of them, to its prompt; with `tokenize` and `return_dict` to tensors.
+        """A conversation (a list of messages), or several, to the prompt; with `tokenize` and `return_dict` to tensors.
 
         The content of a message is a string, or a list of blocks: `{"type": "text", "text": ...}`, `{"type": "image",
         "image" | "url" | "path" | "base64": ...}` and `{"type": "video", "video" | "url" | "path": ...}`. Strings and
@@ -728,14 +730,14 @@ class LongLlavaProcessor(ProcessorMixin):
         `build_labels`. Written here and not inherited because transformers before 5.18 puts that mask at the wrong
         tokens behind a picture.
         """
-        if load_audio_from_video:
-            raise ValueError("LongLLaVA reads pictures and videos, no audio")
+        if load_audio_from_video or sanitize_control_tokens:
+            raise ValueError("load_audio_from_video and sanitize_control_tokens are not available for LongLLaVA")
         if continue_final_message and (add_generation_prompt or return_assistant_tokens_mask):
             raise ValueError(
                 "continue_final_message goes with neither add_generation_prompt nor return_assistant_tokens_mask"
             )
         options = {name: kwargs.pop(name) for name in CALL_OPTIONS if name in kwargs} | (processor_kwargs or {})
-        template = chat_template or self.chat_template
+        template: Any = chat_template or self.chat_template
         if isinstance(self.chat_template, dict):
             template = self.chat_template[chat_template or "default"]
         if template is None:
@@ -743,7 +745,7 @@ class LongLlavaProcessor(ProcessorMixin):
 
         batched = isinstance(conversation[0], list | tuple)
         conversations = [_clean(messages) for messages in (conversation if batched else [conversation])]
-        prompts, spans = render_jinja_template(
+        rendered: Any = render_jinja_template(
             conversations=conversations,
             tools=tools,
             documents=documents,
@@ -753,6 +755,7 @@ class LongLlavaProcessor(ProcessorMixin):
             add_generation_prompt=add_generation_prompt,
             **{**self.tokenizer.special_tokens_map, **kwargs},
         )
+        prompts, spans = rendered
         if not tokenize:
             return prompts if batched else prompts[0]
 
@@ -850,27 +853,29 @@ def _one_list(items: Any) -> list[Any]:
     return [part for item in items for part in (item if _is_list(item) else [item])]
 
 
+def _lists_of_videos(items: list[list[Any]], counts: list[int]) -> bool:
+    """Whether a list of lists holds the videos of each prompt, and not videos that are lists of frames."""
+    parts = [part for item in items for part in item]
+    if any(_is_frame(part) for part in parts):
+        return False
+    if any(not isinstance(part, str | Path) for part in parts):
+        return True
+    # A path alone could be that of a video or of a frame: what fits the placeholders is meant.
+    return [len(item) for item in items] == counts
+
+
 def _by_prompt(items: Any, counts: list[int], kind: str) -> list[list[Any]]:
     """One list of pictures (`kind` image) or videos per prompt, as many as it has placeholders (`counts`)."""
     if items is None:
         items = []
-    if kind == "image":
-        nested = _is_list(items) and len(items) > 0 and all(_is_list(item) for item in items)
-        items = items if nested else _one_list(items)
-    else:
-        if not _is_list(items) or (len(items) > 0 and all(_is_frame(item) for item in items)):
-            items = [items]
-        lists = len(items) > 0 and all(_is_list(item) for item in items)
-        deep = (
-            any(
-                _is_list(part) or (not _is_frame(part) and not isinstance(part, str | Path))
-                for item in items
-                for part in item
-            )
-            if lists
-            else False
-        )
-        nested = lists and (deep or [len(item) for item in items] == counts)
+    if kind == "video" and (not _is_list(items) or (len(items) > 0 and all(_is_frame(item) for item in items))):
+        items = [items]
+    nested = _is_list(items) and len(items) > 0 and all(_is_list(item) for item in items)
+    if kind == "video":
+        nested = nested and _lists_of_videos(items, counts)
+    elif not nested:
+        items = _one_list(items)
+
     if not nested:
         if len(items) != sum(counts):
             where = "the prompt has" if len(counts) == 1 else f"{len(counts)} prompts have"
@@ -883,6 +888,21 @@ def _by_prompt(items: Any, counts: list[int], kind: str) -> list[list[Any]]:
         if len(own) != count:
             raise ValueError(f"prompt {number} has {count} <{kind}> placeholders, but {len(own)} {kind}s are given")
     return [list(own) for own in items]
+
+
+def _substitute(prompt: str, replacements: dict[str, Iterator[str]]) -> tuple[str, list[int], list[int]]:
+    """The prompt with the next replacement for each placeholder as it comes, and positions in the new and the old text
+    that correspond.
+
+    Between two such positions both texts are the same, or one is a placeholder and the other what replaced it.
+    """
+    pieces: list[str] = []
+    new_bounds, old_bounds = [0], [0]
+    for piece in re.split(f"({'|'.join(map(re.escape, replacements))})", prompt):
+        pieces.append(next(replacements[piece]) if piece in replacements else piece)
+        new_bounds.append(new_bounds[-1] + len(pieces[-1]))
+        old_bounds.append(old_bounds[-1] + len(piece))
+    return "".join(pieces), new_bounds, old_bounds
 
 
 def _clean(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -919,3 +939,7 @@ def _mask(offsets: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray:
     for start, end in spans:
         mask[(offsets[:, 0] < end) & (offsets[:, 1] > start)] = 1
     return mask
+
+
+# Saving writes this file and its name in the configuration, so that AutoProcessor finds the class on the Hub.
+LongLlavaProcessor.register_for_auto_class("AutoProcessor")
