@@ -4,6 +4,17 @@ from typing import Literal
 
 from transformers import CLIPVisionConfig, JambaConfig, PreTrainedConfig
 
+# What config.json tells `trust_remote_code=True`: the file beside it, and the class in that file. TRL, pipelines,
+# lmms-eval and vLLM each ask for another of the four model classes.
+_MODEL = "modeling_longllava.LongLlavaForConditionalGeneration"
+AUTO_MAP = {
+    "AutoConfig": "configuration_longllava.LongLlavaConfig",
+    "AutoModel": _MODEL,
+    "AutoModelForImageTextToText": _MODEL,
+    "AutoModelForMultimodalLM": _MODEL,
+    "AutoModelForCausalLM": _MODEL,
+}
+
 
 class LongLlavaConfig(PreTrainedConfig):
     r"""
@@ -28,6 +39,7 @@ class LongLlavaConfig(PreTrainedConfig):
         ValueError: if `tokens_per_image` does not fit the patch grid, or an id or layer is out of range.
     """
 
+    _auto_class = "AutoConfig"  # saving copies this file along
     model_type = "longllava"
     sub_configs = {"vision_config": CLIPVisionConfig, "text_config": JambaConfig}
 
@@ -61,6 +73,8 @@ class LongLlavaConfig(PreTrainedConfig):
         # The language model knows whether its head is its embedding; the head is the outer model's.
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         super().__post_init__(**kwargs)
+        # Not what a loaded config.json says: a folder saved anew holds its own code.
+        self.auto_map = dict(AUTO_MAP)
         self._check()
 
     @property

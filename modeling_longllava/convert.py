@@ -125,7 +125,12 @@ def convert_checkpoint(
                 f"{text_folder} has {len(pieces)} pieces, but the embedding has {config.text_config.vocab_size} rows"
             )
         _write_weights(plan_conversion(shapes, config), folder)
-        processor = LongLlavaProcessor(_image_processor(tower, vision_config, original), pieces)
+        processor = LongLlavaProcessor(
+            _image_processor(tower, vision_config),
+            pieces,
+            patch_size=vision_config.patch_size,
+            tokens_per_image=config.tokens_per_image,
+        )
         write_hub_files(folder, config, processor, generation_config(source, config), name=Path(dst).absolute().name)
     return Path(dst)
 
@@ -174,20 +179,21 @@ def original_config(original: dict[str, Any], vision_config: CLIPVisionConfig, i
     Raises:
         ValueError: a setting of the original that changes the result and that this model does not have.
     """
+    # None also stands for a setting that an older config.json does not have.
     only = {
         "model_type": ("llava_jamba",),
         "mm_projector_type": ("mlp2x_gelu",),
-        "mm_vision_select_feature": ("patch",),
-        "mm_patch_merge_type": ("flat",),
-        "image_aspect_ratio": ("pad", None),
+        "mm_vision_select_feature": ("patch", None),
+        "mm_patch_merge_type": ("flat", None),
+        "image_aspect_ratio": ("pad",),
         "resamplePooling": ("2d", "1d", None),
-        "mamba_inner_layernorms": (True,),
+        "mamba_inner_layernorms": (True, None),
         "sliding_window": (None,),
-        "tie_word_embeddings": (False,),
+        "tie_word_embeddings": (False, None),
     }
     for key, values in only.items():
-        if key in original and original[key] not in values:
-            raise ValueError(f"config.json says {key} = {original[key]!r}, not {' or '.join(map(repr, values))}")
+        if original.get(key) not in values:
+            raise ValueError(f"config.json says {key} = {original.get(key)!r}, not {' or '.join(map(repr, values))}")
     vocab_size = original["vocab_size"]
     if not 0 <= image_token_id < vocab_size:
         raise ValueError(f"image_token_id {image_token_id} is outside the vocabulary of {vocab_size} rows")
@@ -263,6 +269,9 @@ def add_image_token(
     if "added_tokens_decoder" in settings:
         settings["added_tokens_decoder"][str(image_token_id)] = {"content": image_token, **flags}
     settings["image_token"] = image_token
+    # transformers 5 builds a `LlamaTokenizer` anew and splits spaces otherwise than the file says (", at" of the
+    # reference conversations); this class reads the file as it is.
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}  # as prompts are padded
 
     dst.mkdir(parents=True, exist_ok=True)
     for name, data in (("tokenizer.json", contents), ("tokenizer_config.json", settings)):
@@ -321,10 +330,8 @@ def _vision_config(tower: Path) -> CLIPVisionConfig:
     return CLIPVisionConfig.from_pretrained(tower)
 
 
-def _image_processor(
-    tower: Path | str, vision_config: CLIPVisionConfig, original: dict[str, Any]
-) -> LlavaImageProcessor:
-    """The tower's own preprocessing, after padding to a square where the original says so."""
+def _image_processor(tower: Path | str, vision_config: CLIPVisionConfig) -> LlavaImageProcessor:
+    """The tower's own preprocessing, after padding to a square."""
     settings: dict[str, Any] = {
         "size": {"shortest_edge": vision_config.image_size},
         "crop_size": {"height": vision_config.image_size, "width": vision_config.image_size},
@@ -333,7 +340,7 @@ def _image_processor(
         stored = json.loads((tower / "preprocessor_config.json").read_text())
         names = ("size", "crop_size", "image_mean", "image_std", "resample", "rescale_factor", "do_center_crop")
         settings |= {name: stored[name] for name in names if name in stored}
-    return LlavaImageProcessor(do_pad=original.get("image_aspect_ratio") == "pad", **settings)
+    return LlavaImageProcessor(do_pad=True, **settings)
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -174,6 +174,8 @@ def write_hub_files(
     config.architectures = [LongLlavaForConditionalGeneration.__name__]
     config.save_pretrained(folder)
     generation.save_pretrained(folder)
+    for key in ("is_local", "local_files_only"):  # how it was loaded here, which transformers would write down
+        processor.tokenizer.init_kwargs.pop(key, None)
     processor.save_pretrained(folder)
     # The two entry files and whatever they import from beside them, the way save_pretrained finds it.
     for entry in (modeling_longllava.__file__, processing_longllava.__file__):

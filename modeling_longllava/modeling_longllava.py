@@ -327,6 +327,7 @@ class LongLlavaModel(LongLlavaPreTrainedModel):
 class LongLlavaForConditionalGeneration(LongLlavaPreTrainedModel, GenerationMixin):
     """LongLLaVA with its language model head: answers questions about text, pictures and video."""
 
+    _auto_class = "AutoModelForImageTextToText"  # saving copies this file along, and what it imports from beside it
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
     def __init__(self, config: LongLlavaConfig):

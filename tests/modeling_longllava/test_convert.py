@@ -12,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, AutoTokenizer, CLIPVisionConfig
+from transformers import AutoTokenizer, CLIPVisionConfig, PreTrainedTokenizerFast
 from transformers.core_model_loading import revert_weight_conversion
 
 from longllava.modeling_longllava import LongLlavaForConditionalGeneration, convert
 from longllava.modeling_longllava.convert import add_image_token, convert_checkpoint, original_config, plan_conversion
 from longllava.modeling_longllava.hub import tensor_shapes
+from longllava.processing import LongLlavaProcessor
 
 KNOWN_TOWER = "openai/clip-vit-large-patch14-336"
 SPELLINGS = {
@@ -181,7 +182,6 @@ def small_checkpoint(tmp_path, tiny_tokenizer):
         (folder / "clip").mkdir(parents=True)
         tower = CLIPVisionConfig(**SMALL_TOWER)
         tower.save_pretrained(folder / "clip")
-        # Otherwise a bare integer identifies each file: size / crop of the tower's preprocessing follow the config.
         original = original_settings(**(SMALL | {"mm_vision_tower": "clip", "torch_dtype": "float32"} | settings))
         (folder / "config.json").write_text(json.dumps(original))
         tiny_tokenizer.save_pretrained(folder)
@@ -239,7 +239,7 @@ def test_full_size_layout_is_planned_completely(tmp_path, spelling, num_experts)
     assert converted == saved
     parameters = sum(math.prod(shape) for shape in converted.values())
     assert parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert round(parameters / 1e9) == {16: 52, 1: 9}[num_experts]
+    assert round(parameters / 1e9, 1) == {16: 51.9, 1: 9.6}[num_experts]
 
 
 def test_full_size_config():
@@ -298,7 +298,7 @@ def test_converted_folder_loads_with_the_same_numbers(
     assert sum(tensor.double().sum().item() for tensor in state.values()) == pytest.approx(total)
     assert sum(tensor.numel() for tensor in state.values()) == sum(tensor.numel() for tensor in tensors.values())
 
-    processor = AutoProcessor.from_pretrained(dst)
+    processor = LongLlavaProcessor.from_pretrained(dst)
     assert processor.image_processor.do_pad
     assert processor.image_processor.crop_size["height"] == 56
     assert processor.tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_id == 3
@@ -429,7 +429,8 @@ def test_jamba_tokenizer_gets_the_image_token(shared, tmp_path):
     """Piece 516 becomes `<image>`; no other text gets other ids."""
     source = shared / "jamba_tokenizer"
     assert add_image_token(source, tmp_path / "new") == 516
-    old, new = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(tmp_path / "new")
+    # Not AutoTokenizer for the old one: transformers 5 would build a LlamaTokenizer, which splits ", x" differently.
+    old, new = PreTrainedTokenizerFast.from_pretrained(source), AutoTokenizer.from_pretrained(tmp_path / "new")
     assert len(new) == len(old) == 65536
     assert new.image_token == "<image>"
     assert new.image_token_id == 516
@@ -438,6 +439,7 @@ def test_jamba_tokenizer_gets_the_image_token(shared, tmp_path):
     assert new(text).input_ids == old(text).input_ids
     assert new("a <image> b").input_ids == old("a <|reserved_0|> b").input_ids
     assert new.decode([516], skip_special_tokens=True) == ""
+    assert new("hello, 大").input_ids == old("hello, 大").input_ids
     # Saved and loaded again, and prepared a second time, it stays what it is.
     new.save_pretrained(tmp_path / "saved")
     assert AutoTokenizer.from_pretrained(tmp_path / "saved")("<image>").input_ids == [1, 516]
@@ -486,7 +488,7 @@ def converted_reference(reference, tiny_tokenizer, tmp_path) -> Path:
 def test_converted_reference_computes_what_the_original_does(reference, converted_reference):
     """Pixel values equal; features and logits within 2e-4 (standard deviation near 0.9); 8 greedy tokens equal."""
     expected = load_file(reference / "moe" / "expected.safetensors")
-    model, processor = load(converted_reference), AutoProcessor.from_pretrained(converted_reference)
+    model, processor = load(converted_reference), LongLlavaProcessor.from_pretrained(converted_reference)
     pictures = [Image.open(reference / "moe" / f"img{index}.png") for index in range(3)]
     pixel_values = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
     assert torch.equal(pixel_values[:, :, ::12, ::12], expected["pixel_values_every_12th"])
