@@ -117,6 +117,7 @@ class Conversation:
         self.messages: list[dict[str, Any]] = []
         self.costs: list[Cost] = []
         self.prompt, self.prompt_length, self.reused = "", 0, 0
+        self.inputs = BatchFeature()
         self.cache: Cache | None = None
         self.cached_ids = torch.empty(1, 0, dtype=torch.long)
 

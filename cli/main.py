@@ -6,11 +6,9 @@ Every heavy import stands inside the command that needs it, so that `longllava -
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import Annotated, Any
 
 import typer
-
-P = ParamSpec("P")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,20 +32,20 @@ def main(
     context.obj = debug
 
 
-def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
+def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Make an exception of the command one line on stderr and exit code 1, unless `--debug` asks for the traceback.
 
     Errors of usage (a wrong option) never come here: typer raises them before the command runs.
     """
 
     @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+    def run(context: typer.Context, **options: Any) -> None:
         try:
-            command(*args, **kwargs)
+            command(context, **options)
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
         except Exception as error:
-            if kwargs["context"].obj:
+            if context.obj:
                 raise
             message = " ".join(str(error).split()) or type(error).__name__
             typer.echo(f"longllava: {message}", err=True)
