@@ -398,8 +398,8 @@ class LongLlavaProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
         self.image_token = image_token
-        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
-        if tokenizer.convert_ids_to_tokens(self.image_token_id) != image_token:
+        self.image_token_id = tokenizer.get_vocab().get(image_token)
+        if self.image_token_id is None:
             raise ValueError(
                 f"{image_token!r} is not in the vocabulary of the tokenizer ({len(tokenizer)} tokens); rename one "
                 "of its reserved tokens, so that no embedding has to be added"
@@ -718,7 +718,7 @@ class LongLlavaProcessor(ProcessorMixin):
         sanitize_control_tokens: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """A conversation (a list of messages), or several, to the prompt; with `tokenize` and `return_dict` to tensors.
+        """A conversation (a list of messages), or several, to the prompt; with `tokenize` and `return_dict`, tensors.
 
         The content of a message is a string, or a list of blocks: `{"type": "text", "text": ...}`, `{"type": "image",
         "image" | "url" | "path" | "base64": ...}` and `{"type": "video", "video" | "url" | "path": ...}`. Strings and
