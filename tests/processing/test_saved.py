@@ -73,11 +73,11 @@ def test_settings_and_template_survive(tmp_path: Path, tiny_processor: Callable)
     loaded = LongLlavaProcessor.from_pretrained(tmp_path)
     assert {name: getattr(loaded, name) for name in SETTINGS} == SETTINGS
     assert loaded.apply_chat_template([{"role": "user", "content": "a"}]) == "a!"
-    assert loaded.to_dict() == processor.to_dict()
+    assert loaded.to_dict() == {name: value for name, value in processor.to_dict().items() if name != "auto_map"}
 
 
 def test_flat_folder_works_in_a_clean_process(tmp_path: Path, tiny_processor: Callable) -> None:
-    """Loaded by AutoProcessor as remote code: the same tensors; saved from there and loaded once more: the same again."""
+    """AutoProcessor and remote code give the same tensors; so does what it saves, loaded once more."""
     folder, again = tmp_path / "saved", tmp_path / "again"
     tiny_processor(max_frames=6).save_pretrained(folder)
     assert {path.name for path in folder.glob("*.py")} == {"processing_longllava.py"}
