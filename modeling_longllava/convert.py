@@ -60,7 +60,7 @@ _RENAMES = [
 # 0, 1, 2, ...: old versions of transformers saved it with the tower, newer ones compute it.
 _COMPUTED = re.compile(r"\.embeddings\.position_ids$")
 
-# What `mm_vision_tower` names in the released checkpoints, so that no download is needed to know its shape.
+# The tower of the released checkpoints, so that no download is needed to know its shape.
 _CLIP_L_336 = {
     "hidden_size": 1024,
     "intermediate_size": 4096,

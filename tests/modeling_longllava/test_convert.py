@@ -4,8 +4,10 @@ import json
 import math
 import shutil
 import struct
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pytest
@@ -302,7 +304,9 @@ def test_converted_folder_loads_with_the_same_numbers(
     assert processor.image_processor.do_pad
     assert processor.image_processor.crop_size["height"] == 56
     assert processor.tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_id == 3
-    assert (dst / "generation_config.json").is_file()
+    # It is a Hub folder already; tests of the export show that such a folder works on its own.
+    complete = {"modeling_longllava.py", "processing_longllava.py", "generation_config.json", "README.md"}
+    assert complete <= {path.name for path in dst.iterdir()}
 
 
 def test_tower_missing_from_the_shards_is_read_from_its_own_checkpoint(small_checkpoint, tmp_path):
@@ -373,6 +377,29 @@ def test_interrupted_conversion_leaves_no_half_result(small_checkpoint, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["original"]
 
 
+def test_only_one_file_is_in_memory(small_checkpoint, tmp_path, monkeypatch):
+    """When a file is written, nothing of the one before it is held any more."""
+    source, _ = small_checkpoint(shards=4)
+    before: list[weakref.ref] = []
+    alive = []
+
+    def watch(tensors, path, metadata):
+        alive.append(sum(reference() is not None for reference in before))
+        before[:] = [weakref.ref(tensor) for tensor in tensors.values()]
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr(convert, "save_file", watch)
+    convert_checkpoint(source, tmp_path / "converted")
+    assert alive == [0, 0, 0, 0]
+
+
+def test_binary_file_with_code_in_it_is_not_run(small_checkpoint, tmp_path):
+    source, tensors = small_checkpoint(binary=True)
+    torch.save({**tensors, "payload": Path("harmless")}, source / "pytorch_model.bin")
+    with pytest.raises(UnpicklingError, match="Weights only load failed"):
+        convert_checkpoint(source, tmp_path / "converted")
+
+
 def test_missing_shard_is_named(small_checkpoint, tmp_path):
     source, _ = small_checkpoint(shards=3)
     (source / "model-00002-of-00003.safetensors").unlink()
@@ -394,6 +421,15 @@ def test_absolute_tower_path_is_refused_even_if_it_exists(small_checkpoint, tmp_
     with pytest.raises(ValueError, match="path .*clip of another machine; name the tower"):
         convert_checkpoint(source, tmp_path / "converted")
     load(convert_checkpoint(source, tmp_path / "converted", vision_tower=source / "clip"))
+
+
+def test_known_tower_needs_no_folder(small_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(convert.KNOWN_TOWERS, KNOWN_TOWER, SMALL_TOWER)
+    source, _ = small_checkpoint(mm_vision_tower="/home/somebody/clip")
+    shutil.rmtree(source / "clip")
+    dst = convert_checkpoint(source, tmp_path / "converted", vision_tower=KNOWN_TOWER)
+    assert load(dst).config.vision_config.hidden_size == 24
+    assert LongLlavaProcessor.from_pretrained(dst).image_processor.crop_size["height"] == 56
 
 
 @pytest.mark.parametrize(

@@ -233,6 +233,23 @@ def test_training_files_do_not_travel(bare, tmp_path):
     assert {path.name for path in export_model(bare, tmp_path / "exported").iterdir()} == FILES | {"README.md"}
 
 
+def test_model_is_named_by_its_hub_id(bare, tmp_path):
+    """A repository that was downloaded before is exported by its id, offline."""
+    cache = tmp_path / "hf_home" / "hub" / "models--somebody--tiny"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("1" * 40)
+    shutil.copytree(bare, cache / "snapshots" / ("1" * 40))
+    code = (
+        "import sys; from longllava.modeling_longllava.hub import export_model;"
+        "export_model('somebody/tiny', sys.argv[1])"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hf_home"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", code, str(tmp_path / "exported")]
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-6000:]
+    assert {path.name for path in (tmp_path / "exported").iterdir()} == FILES | {"README.md"}
+
+
 def test_incomplete_folder_is_refused(bare, tmp_path):
     tensors = load_file(bare / "model.safetensors")
     del tensors["lm_head.weight"]
