@@ -5,6 +5,7 @@
 PYTHON ?= python3
 PACKAGES := modeling_longllava processing trainers evaluation cli
 BIN := .venv/bin
+EXAMPLES := spaces_demo/examples
 # Two test processes of one thread each are faster than one of two: the models are tiny.
 PYTEST := -m pytest -n 2
 export OMP_NUM_THREADS ?= 1
@@ -12,7 +13,9 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: demo test test-oldest quality format clean
 
 demo: .venv/core
-	@$(BIN)/longllava chat --help
+	$(BIN)/longllava chat $(EXAMPLES)/picture_*.png -q "Which digit has the red frame?"
+	$(BIN)/longllava chat $(EXAMPLES)/video.mp4 -q "Which digits come first and last?"
+	$(BIN)/longllava chat $(EXAMPLES)/sheet.png --tiles 12 -q "Which digit is on the sheet?"
 
 test: .venv/test
 	$(BIN)/python $(PYTEST)
