@@ -34,25 +34,36 @@ class Cost(NamedTuple):
     tokens: int
 
 
+def by_number(path: Path) -> list[str | int]:
+    """Sort key under which picture 2 comes before picture 10: text and numbers in turn."""
+    return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+)", path.name))]
+
+
 def find_media(arguments: list[str]) -> list[Medium]:
     """Files, folders and URLs in the order given; a folder stands for the pictures and videos in it, by name.
 
     Raises:
         FileNotFoundError: nothing is at a path, or a folder holds neither pictures nor videos.
     """
-    sources: list[str] = []
+    media = []
     for argument in arguments:
         path = Path(argument)
+        if argument.startswith(("http://", "https://")):
+            suffix = Path(argument.partition("?")[0]).suffix.lower()
+            media.append(Medium("video" if suffix in VIDEOS else "image", argument))
+            continue
         if path.is_dir():
-            found = sorted(str(file) for file in path.iterdir() if file.suffix.lower() in PICTURES | VIDEOS)
-            if not found:
+            files = [file for file in path.iterdir() if file.suffix.lower() in PICTURES | VIDEOS]
+            # Some systems keep a hidden file beside each picture, with its suffix.
+            files = sorted((file for file in files if not file.name.startswith(".")), key=by_number)
+            if not files:
                 raise FileNotFoundError(f"the folder {argument} holds neither pictures nor videos")
-            sources += found
-        elif path.is_file() or argument.startswith(("http://", "https://")):
-            sources.append(argument)
+        elif path.is_file():
+            files = [path]
         else:
             raise FileNotFoundError(f"there is no file or folder {argument}")
-    return [Medium("video" if Path(source).suffix.lower() in VIDEOS else "image", source) for source in sources]
+        media += [Medium("video" if file.suffix.lower() in VIDEOS else "image", str(file)) for file in files]
+    return media
 
 
 def media_costs(media: list[Medium], prompt: str, inputs: BatchFeature, processor: LongLlavaProcessor) -> list[Cost]:

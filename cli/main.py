@@ -75,7 +75,9 @@ def chat(
         int | None, typer.Option(help="The same for a frame of a video. By default that of a picture.")
     ] = None,
     frames: Annotated[int | None, typer.Option(help="Frames of each video, evenly spaced.", min=1)] = None,
-    fps: Annotated[float | None, typer.Option(help="Frames of each second of a video, instead of --frames.")] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames per second of a video; --frames is then the limit.")
+    ] = None,
     tiles: Annotated[
         int,
         typer.Option(help="Cut each picture into at most so many tiles besides showing it whole; 0: do not.", min=0),

@@ -20,15 +20,18 @@ runner = CliRunner()
 def test_folders_files_and_urls_keep_their_order(picture_files: list[Path], video_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    shutil.copy(picture_files[1], folder / "b.PNG")
+    shutil.copy(picture_files[1], folder / "b10.PNG")
+    shutil.copy(picture_files[2], folder / "b9.jpg")
+    (folder / "._b9.jpg").write_bytes(b"what a Mac leaves behind")
     shutil.copy(video_file, folder / "a.mp4")
     (folder / "notes.txt").write_text("no picture")
-    url = "https://example.org/film.mp4"
+    url = "https://example.org/film.mp4?start=3"
     found = find_media([str(picture_files[0]), str(folder), url])
     assert found == [
         Medium("image", str(picture_files[0])),
         Medium("video", str(folder / "a.mp4")),
-        Medium("image", str(folder / "b.PNG")),
+        Medium("image", str(folder / "b9.jpg")),
+        Medium("image", str(folder / "b10.PNG")),
         Medium("video", url),
     ]
 
