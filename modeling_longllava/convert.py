@@ -22,7 +22,7 @@ import torch
 from huggingface_hub.utils import tqdm
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, CLIPVisionConfig, JambaConfig, LlavaImageProcessor
+from transformers import AutoTokenizer, CLIPVisionConfig, JambaConfig, LlavaImageProcessorPil
 
 from longllava.processing import LongLlavaProcessor
 
@@ -330,7 +330,7 @@ def _vision_config(tower: Path) -> CLIPVisionConfig:
     return CLIPVisionConfig.from_pretrained(tower)
 
 
-def _image_processor(tower: Path | str, vision_config: CLIPVisionConfig) -> LlavaImageProcessor:
+def _image_processor(tower: Path | str, vision_config: CLIPVisionConfig) -> LlavaImageProcessorPil:
     """The tower's own preprocessing, after padding to a square."""
     settings: dict[str, Any] = {
         "size": {"shortest_edge": vision_config.image_size},
@@ -340,7 +340,7 @@ def _image_processor(tower: Path | str, vision_config: CLIPVisionConfig) -> Llav
         stored = json.loads((tower / "preprocessor_config.json").read_text())
         names = ("size", "crop_size", "image_mean", "image_std", "resample", "rescale_factor", "do_center_crop")
         settings |= {name: stored[name] for name in names if name in stored}
-    return LlavaImageProcessor(do_pad=True, **settings)
+    return LlavaImageProcessorPil(do_pad=True, **settings)
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
