@@ -23,6 +23,7 @@ One difference to the released code: a picture that fits into one tile gets no t
 import base64
 import binascii
 import bisect
+import inspect
 import math
 import re
 import urllib.request
@@ -42,26 +43,6 @@ from transformers.utils.chat_template_utils import render_jinja_template
 IGNORE_INDEX = -100
 EXIF_ORIENTATION = 0x0112
 DOWNLOAD_TIMEOUT = 60  # seconds
-
-# Arguments of `LongLlavaProcessor.__call__` that `apply_chat_template` takes as well.
-CALL_OPTIONS = (
-    "images",
-    "videos",
-    "tokens_per_image",
-    "tokens_per_frame",
-    "sub_images",
-    "max_tiles",
-    "num_frames",
-    "fps",
-    "max_frames",
-    "padding",
-    "padding_side",
-    "pad_to_multiple_of",
-    "truncation",
-    "max_length",
-    "return_metadata",
-    "return_mm_token_type_ids",
-)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -341,7 +322,7 @@ def _decode(
     shown: list[int] = []
     position = keys[0] if keys else wanted[0]
     for stamp in wanted:
-        start = keys[bisect.bisect(keys, stamp) - 1] if keys else position
+        start = keys[max(bisect.bisect(keys, stamp) - 1, 0)] if keys else position
         if start > position:
             container.seek(start, stream=stream)
             decoder = enumerate(container.decode(stream))
@@ -498,6 +479,8 @@ class LongLlavaProcessor(ProcessorMixin):
             prompts = [self.image_token * len(images)]
         else:
             prompts = [text] if isinstance(text, str) else list(text)
+        if not prompts:
+            raise ValueError("0 prompts are given")
         for number, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
                 raise TypeError(f"prompt {number} is a {type(prompt).__name__}, not a string")
@@ -736,12 +719,17 @@ class LongLlavaProcessor(ProcessorMixin):
             raise ValueError(
                 "continue_final_message goes with neither add_generation_prompt nor return_assistant_tokens_mask"
             )
-        options = {name: kwargs.pop(name) for name in CALL_OPTIONS if name in kwargs} | (processor_kwargs or {})
+        call_names = inspect.signature(self.__call__).parameters
+        options = {name: kwargs.pop(name) for name in call_names if name in kwargs} | (processor_kwargs or {})
+        return_tensors = options.pop("return_tensors", return_tensors)
         template: Any = chat_template or self.chat_template
         if isinstance(self.chat_template, dict):
             template = self.chat_template[chat_template or "default"]
         if template is None:
             raise ValueError("this processor has no chat template")
+        for name in kwargs:
+            if name not in template:
+                raise TypeError(f"neither the processor nor its chat template has an argument {name!r}")
 
         batched = isinstance(conversation[0], list | tuple)
         conversations = [_clean(messages) for messages in (conversation if batched else [conversation])]

@@ -69,7 +69,7 @@ def test_pixel_values_equal_the_library_to_the_bit(size: tuple[int, int], tiny_p
 
 
 def test_thousand_small_pictures_are_fast(tiny_processor: Callable) -> None:
-    """Under two seconds in the target; measured 0.1 to 0.2 s on two cores."""
+    """Measured 0.04 to 0.06 s on one core."""
     processor = tiny_processor()
     pictures = [Image.fromarray(noise(56, 56)) for _ in range(1000)]
     start = time.perf_counter()
@@ -108,7 +108,8 @@ def test_sources_of_one_picture(colors: np.ndarray, tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.asarray(found), colors, err_msg=name)
 
 
-def test_url(colors: np.ndarray, tmp_path: Path, video_file: Path) -> None:
+def test_url(colors: np.ndarray, tmp_path: Path, video_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "*")
     saved(Image.fromarray(colors), tmp_path / "colors.png")
 
     class Quiet(SimpleHTTPRequestHandler):
@@ -301,11 +302,12 @@ def test_frames_of_a_file(options: dict[str, Any], expected: list[int], video_fi
     assert frames[0].shape == (48, 64, 3)
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi", ".webm", ".gif", ".m4v"])
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".avi", ".webm", ".gif", ".m4v"])
 def test_jumping_equals_reading_all(suffix: str, tmp_path: Path) -> None:
     """Sparse frames of a long video, with and without key frames, times and a known length, against a full decode."""
     path = tmp_path / f"long{suffix}"
-    codec = {".gif": ("gif", "rgb8"), ".webm": ("libvpx", "yuv420p")}.get(suffix, ("mpeg4", "yuv420p"))
+    codecs = {".gif": ("gif", "rgb8"), ".webm": ("libvpx", "yuv420p"), ".mov": ("libx264", "yuv420p")}
+    codec = codecs.get(suffix, ("mpeg4", "yuv420p"))
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec[0], rate=10)
         stream.width, stream.height, stream.pix_fmt = 32, 32, codec[1]

@@ -386,6 +386,7 @@ def test_answers_are_decoded_without_special_tokens(tiny_processor: Callable) ->
         ({"text": "x", "padding": "left"}, "not 'left'"),
         ({"text": ["x"], "sub_images": [True, True]}, "2 choices of sub_images are given for 1 prompts"),
         ({}, "give text, or pictures alone"),
+        ({"text": []}, "0 prompts are given"),
         ({"text": "x", "audio": [1]}, "no audio"),
     ],
 )
@@ -399,6 +400,8 @@ def test_wrong_kinds_of_text_and_unknown_arguments(tiny_processor: Callable) -> 
         tiny_processor()(text=["a", 1])
     with pytest.raises(TypeError, match="token_per_image"):
         tiny_processor()(text="a", token_per_image=4)
+    with pytest.raises(TypeError, match="token_per_image"):
+        tiny_processor().apply_chat_template(turns("a"), token_per_image=4)
 
 
 def test_pictures_come_one_way(tiny_processor: Callable) -> None:
