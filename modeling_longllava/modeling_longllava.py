@@ -8,6 +8,7 @@ Key to the shapes:
     C  inner channels of a Mamba layer                           K  width of its convolution (4)
 """
 
+import math
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -15,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import (
@@ -118,6 +118,16 @@ class LongLlavaMambaMixer(JambaMambaMixer):
         self.conv1d = CausalConv1d(channels, channels, width, groups=channels, bias=self.use_conv_bias)
         self.dt_proj = TimeStepProjection(self.time_step_rank, channels)
 
+    @torch.no_grad()
+    def reset_time_steps(self) -> None:
+        """Spread the time steps of a new layer over [0.001, 0.1], as Mamba does (section 3.6).
+
+        The bias of zero that the native Jamba starts from means 0.7: such a state forgets within a few tokens.
+        """
+        bias = self.dt_proj.bias
+        steps = torch.empty_like(bias).uniform_(math.log(0.001), math.log(0.1)).exp()
+        bias.copy_(steps.expm1().log())  # softplus of this is `steps`
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -172,17 +182,6 @@ class LongLlavaPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _is_stateful = True
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, LongLlavaModel):
-            for mixer in module.modules():
-                if isinstance(mixer, LongLlavaMambaMixer):
-                    # Time steps spread over [0.001, 0.1] (Mamba, section 3.6). A zero bias, as the native Jamba has it
-                    # when it is not loaded, gives 0.7: such a state forgets within a few tokens.
-                    step = torch.empty_like(mixer.dt_proj.bias).uniform_(0, 1).mul_(4.605).add_(-6.908).exp_()
-                    init.copy_(mixer.dt_proj.bias, step.expm1().log())
-
 
 class LongLlavaModel(LongLlavaPreTrainedModel):
     """Vision tower, projector and language model, without the head."""
@@ -196,6 +195,9 @@ class LongLlavaModel(LongLlavaPreTrainedModel):
             if isinstance(layer, JambaMambaDecoderLayer):
                 layer.mamba = LongLlavaMambaMixer(config.text_config, index)
         self.post_init()
+        for module in self.modules():
+            if isinstance(module, LongLlavaMambaMixer):
+                module.reset_time_steps()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
