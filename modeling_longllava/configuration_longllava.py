@@ -1,6 +1,6 @@
 """Configuration of LongLLaVA (arXiv 2409.02889): everything that decides a token count or a shape."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import CLIPVisionConfig, JambaConfig, PreTrainedConfig
 
@@ -43,8 +43,8 @@ class LongLlavaConfig(PreTrainedConfig):
     model_type = "longllava"
     sub_configs = {"vision_config": CLIPVisionConfig, "text_config": JambaConfig}
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None  # a CLIPVisionConfig after __post_init__
+    text_config: Any = None  # a JambaConfig after __post_init__
     image_token_id: int = 516
     vision_feature_layer: int = -2
     pooling: Literal["2d", "1d", "none"] = "2d"

@@ -141,8 +141,7 @@ class LongLlavaMambaMixer(JambaMambaMixer):
             hidden_states = hidden_states * mask
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # (B, L, C) each
 
-        continues = cache_params is not None and cache_params.has_previous_state(self.layer_idx)
-        if continues:
+        if cache_params is not None and cache_params.has_previous_state(self.layer_idx):
             layer = cache_params.layers[self.layer_idx]
             context = layer.conv_states[0][..., 1:].transpose(1, 2)  # (B, K - 1, C)
             initial_state = layer.recurrent_states[0]  # (B, C, states)
@@ -294,11 +293,11 @@ class LongLlavaModel(LongLlavaPreTrainedModel):
             raise ValueError("Exactly one of input_ids and inputs_embeds is needed")
         embed = self.get_input_embeddings()
         token = self.config.image_token_id
-        if inputs_embeds is None:
+        if input_ids is not None:
             inputs_embeds, is_image = embed(input_ids), input_ids == token
         else:
             placeholder = embed(torch.tensor(token, device=inputs_embeds.device))
-            is_image = (inputs_embeds == placeholder).all(-1)
+            is_image = torch.eq(inputs_embeds, placeholder).all(-1)
 
         features = None
         if pixel_values is not None:

@@ -74,7 +74,7 @@ with torch.no_grad():
     result["logits"] = model(**inputs).logits[0, -1].tolist()
 result["tokens"] = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0].tolist()
 pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
-answer = pipe(text=messages, max_new_tokens=4, do_sample=False, return_full_text=False)
+answer = pipe(text=messages, max_new_tokens=4, generate_kwargs={"do_sample": False}, return_full_text=False)
 result["answer"] = answer[0]["generated_text"]
 model.save_pretrained(again)
 processor.save_pretrained(again)
