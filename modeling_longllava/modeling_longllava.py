@@ -289,26 +289,26 @@ class LongLlavaModel(LongLlavaPreTrainedModel):
         Raises:
             ValueError: if image tokens and features differ in number.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Exactly one of input_ids and inputs_embeds is needed")
         embed = self.get_input_embeddings()
         token = self.config.image_token_id
-        if input_ids is not None:
-            inputs_embeds, is_image = embed(input_ids), input_ids == token
-        else:
+        if input_ids is not None and inputs_embeds is None:
+            embeds, is_image = embed(input_ids), torch.eq(input_ids, token)
+        elif inputs_embeds is not None and input_ids is None:
             placeholder = embed(torch.tensor(token, device=inputs_embeds.device))
-            is_image = torch.eq(inputs_embeds, placeholder).all(-1)
+            embeds, is_image = inputs_embeds, torch.eq(inputs_embeds, placeholder).all(-1)
+        else:
+            raise ValueError("Exactly one of input_ids and inputs_embeds is needed")
 
         features = None
         if pixel_values is not None:
             features = self.get_image_features(pixel_values, image_grid_hw).pooler_output
-            inputs_embeds = self._merge(inputs_embeds, is_image, features)
+            embeds = self._merge(embeds, is_image, features)
         elif input_ids is not None and input_ids.shape[1] > 1:
             # One token alone was sampled by the model itself, and may be anything in the vocabulary.
-            inputs_embeds = self._merge(inputs_embeds, is_image, ())
+            embeds = self._merge(embeds, is_image, ())
 
         outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
