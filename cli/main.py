@@ -54,6 +54,13 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def model_or_pocket(model: str | None) -> str:
+    """What `--model` names, else the pocket model, where this is a checkout."""
+    if model is None and not POCKET.is_dir():
+        raise typer.BadParameter("which model? --model takes a folder or a Hub id")
+    return model or str(POCKET)
+
+
 @app.command()
 @one_line_errors
 def chat(
@@ -106,8 +113,7 @@ def chat(
     from .chat import Conversation, describe_costs, find_media
 
     found = find_media(media or [])
-    if model is None and not POCKET.is_dir():
-        raise typer.BadParameter("which model? --model takes a folder or a Hub id")
+    source = model_or_pocket(model)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"--dtype is auto, float32, bfloat16 or float16, not {dtype}")
     if device == "auto":
@@ -115,7 +121,6 @@ def chat(
     # One line about tokens and the answer are all that is to be seen.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    source = model or str(POCKET)
     conversation = Conversation(
         LongLlavaForConditionalGeneration.from_pretrained(source, dtype=dtype).to(device).eval(),
         LongLlavaProcessor.from_pretrained(source),
@@ -204,6 +209,22 @@ def push(
     from longllava.modeling_longllava.hub import push_model
 
     typer.echo(f"uploaded: {push_model(model, repo_id, private=private)}")
+
+
+@evaluate_app.command("pocket")
+@one_line_errors
+def evaluate_pocket(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Folder or Hub id. In a checkout: spaces_demo/pocket.")
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Questions of each task.", min=1)] = 200,
+    output: Annotated[Path | None, typer.Option(help="Also write the accuracies to this JSON file.")] = None,
+) -> None:
+    """Measure the pocket model on handwritten digits that it has never seen."""
+    from longllava.evaluation import pocket
+
+    typer.echo(pocket.table(pocket.evaluate_pocket(model_or_pocket(model), rows, output), rows))
 
 
 @app.command(

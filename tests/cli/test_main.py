@@ -1,5 +1,6 @@
 """The `longllava` command: quick help, one-line errors, and that each command reaches the function it stands for."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -90,3 +91,16 @@ def test_train_passes_everything_on(monkeypatch) -> None:
     arguments = ["--config", "recipe.yaml", "--max_steps", "3", "--bf16", "--help"]
     assert runner.invoke(app, ["train", *arguments]).exit_code == 0
     assert seen == [arguments]
+
+
+def test_evaluate_pocket_prints_a_table(tiny_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """With one task instead of all: the random model's accuracy stands in the table and in the JSON file."""
+    from longllava.evaluation import pocket
+
+    monkeypatch.setattr(pocket, "TASKS", (("read", 1),))
+    output = tmp_path / "accuracy.json"
+    arguments = ["--model", str(tiny_folder), "--rows", "2", "--output", str(output)]
+    result = runner.invoke(app, ["evaluate", "pocket", *arguments])
+    assert result.exit_code == 0, result.output
+    assert "| read | 1 | 0.0% |" in result.stdout
+    assert json.loads(output.read_text()) == {"rows": 2, "accuracy": {"read@1": 0.0}}
