@@ -1,0 +1,1 @@
+"""What a LongLLaVA model can do, measured."""

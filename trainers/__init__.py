@@ -1,0 +1,1 @@
+"""Training recipes: the model, the data and the trainer, one short file each."""

@@ -1,0 +1,73 @@
+"""The data of a recipe: rows drawn on demand from a mixture of tasks, and the collator that makes tensors of them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from longllava.evaluation.pocket_tasks import make_row
+from longllava.processing import LongLlavaProcessor
+
+
+@dataclass
+class DataArguments:
+    """What a recipe trains on, and how often it looks at validation rows."""
+
+    mixture: list[dict] = field(
+        default_factory=list,
+        metadata={"help": "Tasks: {task, pictures: [a, b, ...], questions, weight}; one is drawn for every batch."},
+    )
+    accuracy_steps: int = field(default=500, metadata={"help": "Steps between two looks at the held-out accuracy."})
+    accuracy_rows: int = field(default=48, metadata={"help": "Validation rows per task and number of pictures."})
+
+
+class Mixture:
+    """Row `index` of a training run, a pure function of the recipe: `mixture(3)`.
+
+    All rows of one batch have the same task and the same number of pictures, so that hardly any token is padding.
+    """
+
+    def __init__(self, mixture: list[dict], seed: int, batch_size: int):
+        if not mixture:
+            raise ValueError("the recipe has no data: `mixture` names no task")
+        self.mixture, self.seed, self.batch_size = mixture, seed, batch_size
+        weights = np.array([entry.get("weight", 1.0) for entry in mixture], dtype=float)
+        self.weights = weights / weights.sum()
+
+    def __call__(self, index: int) -> dict[str, Any]:
+        rng = np.random.default_rng([self.seed, index // self.batch_size])
+        entry = self.mixture[int(rng.choice(len(self.mixture), p=self.weights))]
+        pictures = int(rng.choice(entry["pictures"]))
+        return make_row(entry["task"], "train", self.seed, index, pictures, entry.get("questions", 1))
+
+
+def build_dataset(mixture: Mixture, rows: int) -> Dataset:
+    """`rows` rows of a mixture as a `Dataset` that holds their numbers only and draws each when it is asked for."""
+
+    def draw(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        drawn = [mixture(index) for index in batch["index"]]
+        return {key: [row[key] for row in drawn] for key in ("messages", "images", "sub_images")}
+
+    return Dataset.from_dict({"index": range(rows)}).with_transform(draw)
+
+
+class Collator:
+    """Rows -> model inputs with labels, by the protocol's rule for answers and their ends."""
+
+    def __init__(self, processor: LongLlavaProcessor):
+        self.processor = processor
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        inputs = self.processor.apply_chat_template(
+            [row["messages"] for row in rows],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            return_assistant_tokens_mask=True,
+            padding_side="right",
+            sub_images=rows[0]["sub_images"],
+        )
+        labels = self.processor.build_labels(inputs["input_ids"], inputs.pop("assistant_masks"))
+        return {**inputs, "labels": labels}

@@ -1,0 +1,78 @@
+"""Supervised fine-tuning of LongLLaVA by a recipe.
+
+    python -m longllava.trainers.sft --config recipes/pocket_1_align.yaml
+
+Every stage is this file with another YAML; anything on the command line wins over the YAML, for example
+`--max_steps 100 --output_dir /tmp/try`. A run that was stopped goes on with `--resume_from_checkpoint true`.
+"""
+
+import logging
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer, TrlParser
+
+from longllava.evaluation.pocket import measure
+from longllava.trainers.data import Collator, DataArguments, Mixture, build_dataset
+from longllava.trainers.model import ModelArguments, load_model, parameter_table
+
+logger = logging.getLogger(__name__)
+
+
+class HeldOutAccuracy(TrainerCallback):
+    """Answers to validation questions while the model learns: what the loss does not tell."""
+
+    def __init__(self, mixture: Mixture, processor, arguments: DataArguments):
+        pairs = {(entry["task"], max(entry["pictures"])) for entry in mixture.mixture}
+        self.tasks = sorted(pairs)
+        self.processor, self.arguments = processor, arguments
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.arguments.accuracy_steps and state.global_step != state.max_steps:
+            return
+        model.eval()
+        found = measure(model, self.processor, self.tasks, self.arguments.accuracy_rows, split="validation")
+        model.train()
+        state.log_history.append({"step": state.global_step, "accuracy": found})
+        logger.info("step %d: %s", state.global_step, "  ".join(f"{k} {v:.1%}" for k, v in found.items()))
+
+
+def main(args: list[str] | None = None) -> None:
+    """Train as the recipe says and write model and processor to its `output_dir`.
+
+    Args:
+        args: command-line arguments, `sys.argv[1:]` if None.
+    """
+    parser = TrlParser((ModelArguments, DataArguments, SFTConfig))
+    model_arguments, data_arguments, config = parser.parse_args_and_config(args)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    set_seed(config.seed)
+    model, processor = load_model(model_arguments)
+    logger.info("\n%s", parameter_table(model))
+
+    # the rows are drawn at random already, in groups of one batch, so they are taken in order; and the labels are
+    # made by our collator from whole conversations, so nothing may be cut or renamed on the way
+    config.train_sampling_strategy, config.remove_unused_columns, config.max_length = "sequential", False, None
+    mixture = Mixture(data_arguments.mixture, config.seed, config.per_device_train_batch_size)
+    rows = config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
+    trainer = SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=build_dataset(mixture, rows),
+        processing_class=processor,
+        data_collator=Collator(processor),
+        callbacks=[HeldOutAccuracy(mixture, processor, data_arguments)],
+    )
+    begun = time.monotonic()
+    resume = config.resume_from_checkpoint
+    trainer.train(get_last_checkpoint(config.output_dir) if resume == "true" else resume)
+    trainer.save_model()
+    logger.info("%d steps in %.1f minutes", trainer.state.global_step, (time.monotonic() - begun) / 60)
+
+
+if __name__ == "__main__":
+    main()
