@@ -102,7 +102,7 @@ def describe_costs(costs: list[Cost], total: int, window: int) -> list[str]:
         else:
             lines += [f"{name}: {parts}{tokens} tokens" for name in names]
     over = " (longer than the window: answers may be poor)" if total > window else ""
-    return [*lines, f"{total} of {window} tokens{over}"]
+    return [*lines, f"{total} of the window's {window} tokens{over}"]
 
 
 class Conversation:

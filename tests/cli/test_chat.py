@@ -120,7 +120,7 @@ def test_description_groups_equal_costs() -> None:
         "0.png ... 4.png: 5 pictures, 36 tokens each, 180 together",
         "v.mp4: 8 frames, 288 tokens",
         "big.png: whole and 12 tiles, 468 tokens",
-        "1000 of 4096 tokens",
+        "1000 of the window's 4096 tokens",
     ]
     assert "longer than the window" in describe_costs([], 5000, 4096)[0]
 
@@ -134,7 +134,7 @@ def test_one_question(tiny_folder: Path, picture_files: list[Path], video_file: 
     assert result.exit_code == 0, result.output
     assert f"{picture_files[0]}: 4 tokens" in result.stderr
     assert f"{video_file}: 3 frames, 12 tokens" in result.stderr
-    assert re.search(r"^\d+ of 262144 tokens$", result.stderr, flags=re.MULTILINE)
+    assert re.search(r"^\d+ of the window's 262144 tokens$", result.stderr, flags=re.MULTILINE)
     assert "tokens" not in result.stdout
 
 
@@ -143,7 +143,7 @@ def test_conversation_reads_lines(tiny_folder: Path, picture_files: list[Path]) 
     arguments = ["chat", str(picture_files[0]), "--model", str(tiny_folder), "--max-new-tokens", "3"]
     result = runner.invoke(app, arguments, input="First?\n\nSecond?\n")
     assert result.exit_code == 0, result.output
-    assert len(re.findall(r"^\d+ of 262144 tokens$", result.stderr, flags=re.MULTILINE)) == 2
+    assert len(re.findall(r"^\d+ of the window's 262144 tokens$", result.stderr, flags=re.MULTILINE)) == 2
     assert result.stderr.count("picture0.png") == 1
 
 
