@@ -252,12 +252,12 @@ def make_row(
     colours = [str(name) for name in rng.choice(names, pictures)]
     if task == "caption":
         scene = Scene(_digits(rng, pictures), colours, split, rng, augment)
-        captions = [str(digit) for digit in scene.digits]
+        captions = [f"a {colour} {digit}" for colour, digit in zip(colours, scene.digits, strict=True)]
         for place in np.flatnonzero(rng.random(pictures) < 0.2):  # what the tiles of a sheet look like
             empty = rng.random() < 0.3
             scan = None if empty else load_scans()[0][scene.scan_ids[place]]
             scene.pictures[place] = Image.fromarray(draw_corner(scan, rng, augment))
-            captions[place] = "nothing" if empty else captions[place]
+            captions[place] = "nothing" if empty else f"a {scene.digits[place]}"
         messages = []
         for picture, caption in zip(scene.pictures, captions, strict=True):
             messages.append({"role": "user", "content": [{"type": "image", "image": picture}]})

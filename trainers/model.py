@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from longllava.modeling_longllava import LongLlavaConfig, LongLlavaForConditionalGeneration
+from longllava.modeling_longllava import LongLlavaForConditionalGeneration
 from longllava.processing import LongLlavaProcessor
 
 PARTS = ("vision_tower", "projector", "language_model")

@@ -1,6 +1,6 @@
 """The pocket model before training: its configuration, its tokenizer and its processor.
 
-`python -m longllava.trainers.pocket spaces_demo/pocket` writes a folder without weights; the first recipe starts there.
+`python -m longllava.trainers.pocket FOLDER` writes them without weights; `longllava.trainers.tower` starts there.
 """
 
 import sys
@@ -62,13 +62,13 @@ def build_config() -> LongLlavaConfig:
     }  # fmt: skip
     # the large tower skips its last layer, trained for another loss; this one is trained here and uses them all
     return LongLlavaConfig(
-        vision_config=vision, text_config=text, image_token_id=3, vision_batch_size=128, vision_feature_layer=-1, tokens_per_image=4,
-        tie_word_embeddings=True,
+        vision_config=vision, text_config=text, image_token_id=3, vision_feature_layer=-1, tokens_per_image=4,
+        vision_batch_size=128, tie_word_embeddings=True,
     )  # fmt: skip
 
 
 def build_processor() -> LongLlavaProcessor:
-    """Pictures of exactly `SIDE` pixels; mean and deviation are those of the dark paper that the digits are drawn on."""
+    """Pictures of `SIDE` pixels; mean and deviation are those of the dark paper that the digits are drawn on."""
     image_processor = LlavaImageProcessorPil(
         do_pad=True,
         size={"shortest_edge": SIDE},

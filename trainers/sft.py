@@ -9,9 +9,7 @@ Every stage is this file with another YAML; anything on the command line wins ov
 import logging
 import sys
 import time
-from pathlib import Path
 
-import torch
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer, TrlParser

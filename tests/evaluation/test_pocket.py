@@ -66,7 +66,10 @@ def test_the_counted_digit_is_counted() -> None:
     agreed = 0
     for index in range(60):
         messages = make_row("count", "train", 0, index, 6, 5)["messages"]
-        turns = [(a["content"][-1]["text"], b["content"][0]["text"]) for a, b in zip(messages[::2], messages[1::2])]
+        turns = [
+            (a["content"][-1]["text"], b["content"][0]["text"])
+            for a, b in zip(messages[::2], messages[1::2], strict=True)
+        ]
         listed = [answer for question, answer in turns if "digits" in question and answer.count(",") == 5]
         counted = [answer for question, answer in turns if f"{COUNTED}" in question]
         if listed and counted:

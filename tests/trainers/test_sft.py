@@ -1,4 +1,4 @@
-"""The recipes: what they train, what they refuse, that a run ends in a folder that loads and goes on where it stopped."""
+"""The recipes: what they train and refuse, that a run ends in a folder that loads and goes on where it stopped."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(folder: Path, tmp_path: Path, **changes) -> list[str]:
     """Arguments of a run of four steps of two rows."""
     settings = {
-        "model_name_or_path": str(folder), "train": ["projector", "language_model"], "output_dir": str(tmp_path / "out"),
+        "model_name_or_path": str(folder),
+        "train": ["projector", "language_model"], "output_dir": str(tmp_path / "out"),
         "mixture": [{"task": "caption", "pictures": [2]}, {"task": "framed", "pictures": [3], "questions": 2}],
         "max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "bf16": False,
         "gradient_checkpointing": False, "report_to": "none", "router_aux_loss_coef": 0.0, "accuracy_steps": 4,
@@ -97,7 +98,7 @@ def test_parameter_table_counts_every_parameter_once(folder: Path) -> None:
 
 
 def test_labels_are_the_answers_and_their_ends(folder: Path) -> None:
-    """Three turns: only answers are trained, and each ends with the end-of-text token whatever the input holds there."""
+    """Three turns: only answers are trained, each up to the end-of-text token, whatever the input holds there."""
     processor = LongLlavaProcessor.from_pretrained(folder)
     row = make_row("framed", "train", 0, 0, 4, 3)
     batch = Collator(processor)([row])
@@ -112,7 +113,7 @@ def test_rows_of_a_run_depend_on_their_number_only() -> None:
     mixture = Mixture([{"task": "caption", "pictures": [1, 2]}, {"task": "sheet", "pictures": [1]}], 7, 4)
     dataset = build_dataset(mixture, 12)
     once, again = dataset[5], dataset[[4, 5]]
-    assert once["messages"] == [message for message in again["messages"][1]]
+    assert once["messages"] == again["messages"][1]
     for start in range(0, 12, 4):  # a batch never mixes sheets with others
         assert len({dataset[i]["sub_images"] for i in range(start, start + 4)}) == 1
 
