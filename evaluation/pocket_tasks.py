@@ -173,6 +173,12 @@ def draw_corner(scan: np.ndarray | None, rng: np.random.Generator, augment: bool
     return np.clip(ink(drawn, rng if augment else None)[0], 0, 255).astype(np.uint8)
 
 
+def describe(digit: int, colour: str | None = None) -> str:
+    """A caption, such as "a red 7" or "an 8"."""
+    words = f"{colour} {digit}" if colour else f"{digit}"
+    return f"an {words}" if words[0] in "o8" else f"a {words}"
+
+
 class Scene:
     """Pictures with known digits and frame colours, and the questions that can be asked about them."""
 
@@ -189,7 +195,7 @@ class Scene:
         question = wordings[int(self.rng.integers(len(wordings)))].format(colour=colour, digit=COUNTED)
         digits, colours = self.digits, self.colours
         answers = {
-            "read": lambda: f"a {colours[0]} {digits[0]}",
+            "read": lambda: describe(digits[0], colours[0]),
             "digit": lambda: f"{digits[0]}",
             "colour": lambda: colours[0],
             "framed": lambda: f"{digits[colours.index(colour)]}",
@@ -252,12 +258,12 @@ def make_row(
     colours = [str(name) for name in rng.choice(names, pictures)]
     if task == "caption":
         scene = Scene(_digits(rng, pictures), colours, split, rng, augment)
-        captions = [f"a {colour} {digit}" for colour, digit in zip(colours, scene.digits, strict=True)]
+        captions = [describe(digit, colour) for digit, colour in zip(scene.digits, colours, strict=True)]
         for place in np.flatnonzero(rng.random(pictures) < 0.2):  # what the tiles of a sheet look like
             empty = rng.random() < 0.3
             scan = None if empty else load_scans()[0][scene.scan_ids[place]]
             scene.pictures[place] = Image.fromarray(draw_corner(scan, rng, augment))
-            captions[place] = "nothing" if empty else f"a {scene.digits[place]}"
+            captions[place] = "nothing" if empty else describe(scene.digits[place])
         messages = []
         for picture, caption in zip(scene.pictures, captions, strict=True):
             messages.append({"role": "user", "content": [{"type": "image", "image": picture}]})
@@ -265,7 +271,7 @@ def make_row(
         return {"messages": messages, "images": scene.pictures, "sub_images": False, "answer": captions[0]}
 
     if task == "framed":  # the asked colours occur once each
-        asked = [str(name) for name in rng.permutation(names)[: min(questions, pictures, 4)]]
+        asked = [str(name) for name in rng.permutation(names)[: min(questions, pictures)]]
         if split != "train":
             asked = ["red"]
         rest = [name for name in names if name not in asked]
@@ -278,16 +284,10 @@ def make_row(
 
     if task == "framed":
         turns = [scene.ask("framed", colour) for colour in asked]
-        more = ["list", "order", "count", "first_last", "first", "last"]
-    elif task == "read":
-        more = ["digit", "colour"]
-        turns = [scene.ask("read")]
     else:
-        turns = [scene.ask(task)]
-        more = ["list", "order", "count", "first", "last", "first_last"]
-        turns += [scene.ask("framed", colour) for colour in names if colours.count(colour) == 1][: questions - 1]
-    more = [kind for kind in rng.permutation(more) if kind != task]
-    turns += [scene.ask(str(kind)) for kind in more[: max(0, questions - len(turns))]]
+        kinds = ["digit", "colour"] if task == "read" else ["list", "order", "count", "first", "last", "first_last"]
+        others = rng.permutation([kind for kind in kinds if kind != task])[: questions - 1]
+        turns = [scene.ask(task), *(scene.ask(str(kind)) for kind in others)]
     if questions > 1:
         turns = [turns[place] for place in rng.permutation(len(turns))]
     if task in ("order", "first_last"):

@@ -15,6 +15,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from longllava.evaluation.pocket import measure
+from longllava.modeling_longllava import LongLlavaForConditionalGeneration
+from longllava.processing import LongLlavaProcessor
 from longllava.trainers.data import Collator, DataArguments, Mixture, build_dataset
 from longllava.trainers.model import ModelArguments, load_model, parameter_table
 
@@ -24,7 +26,7 @@ logger = logging.getLogger(__name__)
 class HeldOutAccuracy(TrainerCallback):
     """Answers to validation questions while the model learns: what the loss does not tell."""
 
-    def __init__(self, mixture: Mixture, processor, arguments: DataArguments):
+    def __init__(self, mixture: Mixture, processor: LongLlavaProcessor, arguments: DataArguments):
         pairs = {(entry["task"], max(entry["pictures"])) for entry in mixture.mixture}
         self.tasks = sorted(pairs)
         self.processor, self.arguments = processor, arguments
@@ -37,6 +39,16 @@ class HeldOutAccuracy(TrainerCallback):
         model.train()
         state.log_history.append({"step": state.global_step, "accuracy": found})
         logger.info("step %d: %s", state.global_step, "  ".join(f"{k} {v:.1%}" for k, v in found.items()))
+
+
+class Trainer(SFTTrainer):
+    """TRL's trainer, resumed with all weights."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        # files hold one tensor per expert, the model one for all of a layer; transformers' trainer does not convert
+        # them here and would leave the experts, with a warning, as they were before the first step
+        saved = LongLlavaForConditionalGeneration.from_pretrained(resume_from_checkpoint)
+        self.model.load_state_dict(saved.state_dict())
 
 
 def main(args: list[str] | None = None) -> None:
@@ -57,7 +69,7 @@ def main(args: list[str] | None = None) -> None:
     config.train_sampling_strategy, config.remove_unused_columns, config.max_length = "sequential", False, None
     mixture = Mixture(data_arguments.mixture, config.seed, config.per_device_train_batch_size)
     rows = config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
-    trainer = SFTTrainer(
+    trainer = Trainer(
         model=model,
         args=config,
         train_dataset=build_dataset(mixture, rows),
@@ -69,6 +81,7 @@ def main(args: list[str] | None = None) -> None:
     resume = config.resume_from_checkpoint
     trainer.train(get_last_checkpoint(config.output_dir) if resume == "true" else resume)
     trainer.save_model()
+    trainer.save_state()
     logger.info("%d steps in %.1f minutes", trainer.state.global_step, (time.monotonic() - begun) / 60)
 
 
