@@ -245,7 +245,9 @@ class LongLlavaModel(LongLlavaPreTrainedModel):
         depth = self.config.vision_feature_layer
         if depth < 0:
             depth += len(tower.encoder.layers) + 1
-        hidden = tower.pre_layrnorm(tower.embeddings(pixel_values.to(weight.device, weight.dtype)))
+        # The weights of an offloaded tower are on "meta" until it runs; accelerate then moves its inputs itself.
+        device = pixel_values.device if weight.is_meta else weight.device
+        hidden = tower.pre_layrnorm(tower.embeddings(pixel_values.to(device, weight.dtype)))
         for layer in tower.encoder.layers[:depth]:
             hidden = layer(hidden, attention_mask=None)
         return hidden[:, 1:]  # without the class token

@@ -376,13 +376,14 @@ def test_device_map_with_layers_offloaded(tiny_model, tmp_path):
     pytest.importorskip("accelerate")
     model, inputs = tiny_model(), example()
     model.save_pretrained(tmp_path / "model")
-    device_map = {"model.vision_tower": "cpu", "model.multi_modal_projector": "cpu", "lm_head": "cpu"}
+    device_map = {"model.vision_tower": "disk", "model.multi_modal_projector": "cpu", "lm_head": "cpu"}
     device_map |= {f"model.language_model.{name}": "cpu" for name in ("embed_tokens", "final_layernorm")}
     device_map |= {f"model.language_model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(4)}
     offloaded = LongLlavaForConditionalGeneration.from_pretrained(
         tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
     )
     assert offloaded.model.language_model.layers[1].mamba.in_proj.weight.is_meta
+    assert offloaded.model.vision_tower.embeddings.patch_embedding.weight.is_meta
     assert_close(offloaded(**inputs).logits, model(**inputs).logits)
 
 
