@@ -32,6 +32,8 @@ from torch.autograd.function import once_differentiable
 CHUNK_LENGTH = 64
 BLOCK_VALUES = 32768
 
+HAS_MAMBA_SSM = importlib.util.find_spec("mamba_ssm") is not None
+
 
 def selective_scan_ref(
     x: Tensor,
@@ -122,8 +124,7 @@ def selective_scan_backend(device: torch.device | str | None = None) -> str:
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    on_gpu = torch.device(device).type == "cuda"
-    return "mamba_ssm" if on_gpu and importlib.util.find_spec("mamba_ssm") is not None else "torch"
+    return "mamba_ssm" if HAS_MAMBA_SSM and torch.device(device).type == "cuda" else "torch"
 
 
 def _check_shapes(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx) -> None:

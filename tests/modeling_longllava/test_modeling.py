@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, DynamicCache, JambaForCausalLM
+from transformers import CLIPVisionModel, DynamicCache, JambaForCausalLM, StaticCache
 from transformers.models.jamba.modeling_jamba import JambaMambaMixer
 
 from longllava.modeling_longllava import LongLlavaConfig, LongLlavaForConditionalGeneration
@@ -243,6 +243,23 @@ def test_static_cache_gives_the_same_tokens(tiny_model):
             for kind in ("dynamic", "static")
         )
         assert static.tolist() == dynamic.tolist()
+
+
+@torch.no_grad()
+def test_a_decode_step_is_one_graph(tiny_model):
+    """On a GPU `generate` compiles the step of a static cache without breaks; the graph is traced here, not built."""
+    model, ids = tiny_model(), row(11, [])
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=16)
+    model(ids[:, :10], past_key_values=cache)
+    step = torch.compile(model.forward, fullgraph=True, backend="eager")
+    seen = (torch.arange(16) <= 10).view(1, 1, 1, 16)
+    outputs = step(
+        input_ids=ids[:, 10:],
+        past_key_values=cache,
+        attention_mask={"full_attention": seen, "linear_attention": None},
+        position_ids=torch.tensor([[10]]),
+    )
+    assert_close(outputs.logits, model(ids).logits[:, -1:])
 
 
 @torch.no_grad()
