@@ -146,4 +146,5 @@ def write_video(path: Path, frames: list[Image.Image], fps: int = 1) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logger.info("%s", table(evaluate_pocket(*sys.argv[1:2]), 200))
+    named = sys.argv[1] if len(sys.argv) > 1 else "spaces_demo/pocket"
+    logger.info("%s", table(evaluate_pocket(named), 200))

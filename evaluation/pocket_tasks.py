@@ -144,7 +144,7 @@ def draw_pictures(scans: np.ndarray, colours: list[str], rng: np.random.Generato
     centre = SIDE / 2 - 0.5 + rng.uniform(-4, 4, (n, 2)) * (1 if augment else 0.75)
     canvas = ink(enlarge(scans, SIDE, SIDE, side, centre, rng if augment else None), rng if augment else None)
     for picture, colour in zip(canvas, colours, strict=True):
-        rgb = np.array(COLOURS[colour], dtype=np.float32)
+        rgb: np.ndarray = np.array(COLOURS[colour], dtype=np.float32)
         width = 5
         if augment:
             rgb, width = rgb * rng.uniform(0.85, 1.1) + rng.uniform(-10, 10, 3), int(rng.integers(4, 7))
@@ -291,7 +291,7 @@ def make_row(
     if questions > 1:
         turns = [turns[place] for place in rng.permutation(len(turns))]
     if task in ("order", "first_last"):
-        shown = [{"type": "video", "video": scene.pictures}]
+        shown: list[dict[str, Any]] = [{"type": "video", "video": scene.pictures}]
     else:
         shown = [{"type": "image", "image": picture} for picture in scene.pictures]
     return {"messages": _turns(shown, turns), "images": scene.pictures, "sub_images": False, "answer": turns[0][1]}

@@ -48,7 +48,8 @@ class Reader(nn.Module):
     def __init__(self, model: LongLlavaForConditionalGeneration):
         super().__init__()
         self.inner = model.model
-        self.inner.multi_modal_projector = nn.Linear(model.config.vision_config.hidden_size, NOTHING + NO_FRAME + 2)
+        heads = nn.Linear(model.config.vision_config.hidden_size, NOTHING + NO_FRAME + 2)
+        self.inner.register_module("multi_modal_projector", heads)
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(N, 3, S, S) -> logits of digits (N, tokens, 11) and of colours (N, tokens, colours + 1)."""
