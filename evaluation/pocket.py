@@ -43,7 +43,7 @@ EVALUATION_SEED = 2024
 def answer(
     model: LongLlavaForConditionalGeneration, processor: LongLlavaProcessor, rows: list[dict[str, Any]]
 ) -> list[str]:
-    """The model's answer to the first question of every row; all rows show sheets, or none does."""
+    """The model's answer to the first question of every row."""
     inputs = processor.apply_chat_template(
         [row["messages"][:1] for row in rows],
         add_generation_prompt=True,
@@ -51,7 +51,7 @@ def answer(
         return_dict=True,
         return_tensors="pt",
         padding_side="left",
-        sub_images=rows[0]["sub_images"],
+        sub_images=[row["sub_images"] for row in rows],
     ).to(model.device)
     longest = max(len(processor.tokenizer(row["answer"])["input_ids"]) for row in rows)
     generated = model.generate(**inputs, max_new_tokens=longest + 2, do_sample=False)

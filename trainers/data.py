@@ -67,7 +67,7 @@ class Collator:
             return_tensors="pt",
             return_assistant_tokens_mask=True,
             padding_side="right",
-            sub_images=rows[0]["sub_images"],
+            sub_images=[row["sub_images"] for row in rows],
         )
         labels = self.processor.build_labels(inputs["input_ids"], inputs.pop("assistant_masks"))
         return {**inputs, "labels": labels}

@@ -109,6 +109,14 @@ def test_labels_are_the_answers_and_their_ends(folder: Path) -> None:
     assert batch["pixel_values"].shape == (4, 3, 56, 56)
 
 
+def test_sheets_and_pictures_share_a_batch(folder: Path) -> None:
+    """Only the sheet is shown as tiles: 1 + 12 pictures beside 2."""
+    processor = LongLlavaProcessor.from_pretrained(folder)
+    batch = Collator(processor)([make_row("sheet", "train", 0, 0), make_row("count", "train", 0, 0, 2)])
+    pictures = (batch["input_ids"] == processor.image_token_id).sum(dim=1) // 4
+    assert pictures.tolist() == [13, 2] and len(batch["pixel_values"]) == 15
+
+
 def test_rows_of_a_run_depend_on_their_number_only() -> None:
     mixture = Mixture([{"task": "caption", "pictures": [1, 2]}, {"task": "sheet", "pictures": [1]}], 7, 4)
     dataset = build_dataset(mixture, 12)
