@@ -14,9 +14,9 @@ from longllava.trainers.pocket import build_pocket
 from longllava.trainers.tower import NO_FRAME, NOTHING, draw_batch, train_tower
 
 
-def test_two_steps_write_a_whole_model(tmp_path: Path) -> None:
+def test_four_steps_write_a_whole_model(tmp_path: Path) -> None:
     build_pocket(tmp_path / "start")
-    accuracy = train_tower(tmp_path / "start", tmp_path / "tower", steps=2)
+    accuracy = train_tower(tmp_path / "start", tmp_path / "tower", steps=4)
     assert 0 <= accuracy <= 1
     model = LongLlavaForConditionalGeneration.from_pretrained(tmp_path / "tower")
     projector = model.model.multi_modal_projector
