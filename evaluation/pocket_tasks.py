@@ -16,6 +16,7 @@ SIDE = 56  # pixels of a picture's side: exactly what the pocket model's vision 
 SHEET = (168, 224)  # height and width of a big sheet: 3 x 4 tiles of one picture each
 SHEET_SCAN = 32  # pixels of the scan's side on a sheet
 SPLITS = ("train", "validation", "test")
+TASKS = ("caption", "read", "framed", "count", "order", "first_last", "sheet")
 COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 160, 60),
@@ -28,7 +29,7 @@ COLOURS = {
 }
 COUNTED = 7  # the digit that the counting questions ask for
 MAX_COUNT = 9
-MAX_ORDER = 8
+MAX_ORDER = len(COLOURS)
 
 QUESTIONS = {
     "read": ("What does the picture show?", "Describe the picture.", "What is in the picture?"),
@@ -228,24 +229,28 @@ def _digits(rng: np.random.Generator, n: int, sevens: int | None = None) -> np.n
     return rng.permutation(digits)
 
 
-def make_row(
-    task: str, split: str, seed: int, index: int, pictures: int = 1, questions: int = 1, augment: bool | None = None
-) -> dict[str, Any]:
-    """One conversation of a task.
+def make_row(task: str, split: str, seed: int, index: int, pictures: int = 1, questions: int = 1) -> dict[str, Any]:
+    """One conversation of a task; in the training split its scans are turned, bent and recoloured.
 
     Args:
         task: `caption` (pictures one by one, each with its caption), `read`, `framed`, `count`, `order`, `first_last`
             or `sheet`.
         pictures: pictures (or frames) in it.
-        questions: questions about the same pictures; the first is always the task's own.
-        augment: turn, bend and recolour the scans; by default in the training split only.
+        questions: questions about the same pictures, the task's own and others, in random order.
 
     Returns:
         `messages` (pictures are PIL images inside the content), `images` (the same pictures, in order, which is how
         TRL knows a vision row), `sub_images` (show the picture as tiles too), `answer` (the first one).
+
+    Raises:
+        ValueError: an unknown task or split, or an order of more frames than there are colours.
     """
+    if task not in TASKS:
+        raise ValueError(f"task {task!r} is not one of {', '.join(TASKS)}")
+    if task == "order" and pictures > MAX_ORDER:
+        raise ValueError(f"an order of {pictures} frames needs as many colours; there are {MAX_ORDER}")
     rng = np.random.default_rng([seed, SPLITS.index(split), sorted(TASKS).index(task), pictures, index])
-    augment = split == "train" if augment is None else augment
+    augment = split == "train"
     names = list(COLOURS)
     if task == "sheet":
         digit = int(rng.integers(10))
@@ -295,6 +300,3 @@ def make_row(
     else:
         shown = [{"type": "image", "image": picture} for picture in scene.pictures]
     return {"messages": _turns(shown, turns), "images": scene.pictures, "sub_images": False, "answer": turns[0][1]}
-
-
-TASKS = ("caption", "read", "framed", "count", "order", "first_last", "sheet")

@@ -78,9 +78,13 @@ def test_the_counted_digit_is_counted() -> None:
     assert agreed > 5
 
 
-def test_unknown_split_is_named() -> None:
+def test_wrong_names_and_numbers_are_named() -> None:
     with pytest.raises(ValueError, match="'tset'"):
         split_scans("tset")
+    with pytest.raises(ValueError, match="'sum'"):
+        make_row("sum", "test", 0, 0)
+    with pytest.raises(ValueError, match="9 frames .* 8"):
+        make_row("order", "test", 0, 0, 9)
 
 
 def test_examples_are_what_their_answers_say(tmp_path: Path) -> None:
