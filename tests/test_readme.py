@@ -21,7 +21,8 @@ def blocks(language: str) -> list[str]:
 
 def shell_lines(command: str) -> list[str]:
     """The lines of all shell blocks that start with `command`, without comments."""
-    lines = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    joined = [block.replace("\\\n", " ") for block in blocks("bash")]
+    lines = [line.split("  #")[0].strip() for block in joined for line in block.splitlines()]
     return [line for line in lines if line.startswith(command)]
 
 
