@@ -64,6 +64,8 @@ def pool_patches(patches: Tensor, rows: int, columns: int, pooling: str = "2d") 
     """
     count, sequence, width = patches.shape
     side = round(sequence**0.5)
+    if rows < 1 or columns < 1:
+        raise ValueError(f"A picture cannot have {rows} x {columns} tokens")
     if pooling == "2d" and side % rows == 0 and side % columns == 0:
         areas = patches.view(count, rows, side // rows, columns, side // columns, width)
         return areas.mean(dim=(2, 4)).flatten(1, 2)
@@ -72,6 +74,34 @@ def pool_patches(patches: Tensor, rows: int, columns: int, pooling: str = "2d") 
     if pooling == "none" and rows * columns == sequence:
         return patches
     raise ValueError(f"{side} x {side} patches cannot be pooled to {rows} x {columns} tokens with pooling {pooling!r}")
+
+
+def pictures_by_row(is_image: Tensor, tokens: list[int]) -> list[list[int]]:
+    """Which pictures belong to which row of a batch.
+
+    Args:
+        is_image (`Tensor` of shape `(B, L)`): where the image tokens are.
+        tokens (`list` of N `int`): tokens of each picture, in the order of the placeholders, row by row.
+
+    Returns:
+        For every row the indices of its pictures.
+
+    Raises:
+        ValueError: if a row's image tokens are not those of a whole number of the pictures, or pictures are left over.
+    """
+    by_row, first = [], 0
+    for row, wanted in enumerate(is_image.sum(1).tolist()):
+        stop, got = first, 0
+        while got < wanted and stop < len(tokens):
+            got += tokens[stop]
+            stop += 1
+        if got != wanted:
+            raise ValueError(f"Row {row} has {wanted} image tokens, but its {stop - first} pictures give {got}")
+        by_row.append(list(range(first, stop)))
+        first = stop
+    if first < len(tokens):
+        raise ValueError(f"There are {len(tokens)} pictures, but the input has image tokens of {first}")
+    return by_row
 
 
 class LongLlavaMultiModalProjector(nn.Module):
@@ -135,7 +165,11 @@ class LongLlavaMambaMixer(JambaMambaMixer):
         attention_mask: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
-        """(B, L, H) -> (B, L, H); `attention_mask` (B, L) is 0 on padding, which leaves the state as it is at zero."""
+        """(B, L, H) -> (B, L, H); `attention_mask` (B, L) is 0 on padding, before the text or after all of it.
+
+        Padding before the text leaves the state at zero. Behind text the state decays over it, and the convolution
+        sees zeros: nothing may follow there.
+        """
         mask = None if attention_mask is None else attention_mask[..., None].to(hidden_states.dtype)  # (B, L, 1)
         if mask is not None:
             hidden_states = hidden_states * mask
@@ -205,7 +239,7 @@ class LongLlavaModel(LongLlavaPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def get_image_features(
-        self, pixel_values: Tensor, image_grid_hw: Tensor | None = None, **kwargs
+        self, pixel_values: Tensor, image_grid_hw: Tensor | None = None
     ) -> BaseModelOutputWithPooling:
         """Encode, pool and project pictures, `config.vision_batch_size` of them at a time.
 
@@ -252,13 +286,17 @@ class LongLlavaModel(LongLlavaPreTrainedModel):
             hidden = layer(hidden, attention_mask=None)
         return hidden[:, 1:]  # without the class token
 
+    def is_image_token(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """(B, L): where the placeholders of pictures are; in embeddings, wherever there is that of the image token."""
+        token = self.config.image_token_id
+        if inputs_embeds is None:
+            return torch.eq(input_ids, token)
+        placeholder = self.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))
+        return torch.eq(inputs_embeds, placeholder).all(-1)
+
     def _merge(self, inputs_embeds: Tensor, is_image: Tensor, features: tuple[Tensor, ...]) -> Tensor:
         """Put the features of the pictures where `is_image` (B, L) holds."""
-        tokens, available = int(is_image.sum()), sum(len(f) for f in features)
-        if tokens != available:
-            raise ValueError(
-                f"The input has {tokens} image tokens, but its {len(features)} pictures give {available} features"
-            )
+        pictures_by_row(is_image, [len(f) for f in features])  # an error unless they fit, row by row
         if not features:
             return inputs_embeds
         merged = torch.cat(features).to(inputs_embeds.device, inputs_embeds.dtype)
@@ -291,23 +329,20 @@ class LongLlavaModel(LongLlavaPreTrainedModel):
         Raises:
             ValueError: if image tokens and features differ in number.
         """
-        embed = self.get_input_embeddings()
-        token = self.config.image_token_id
         if input_ids is not None and inputs_embeds is None:
-            embeds, is_image = embed(input_ids), torch.eq(input_ids, token)
+            embeds = self.get_input_embeddings()(input_ids)
         elif inputs_embeds is not None and input_ids is None:
-            placeholder = embed(torch.tensor(token, device=inputs_embeds.device))
-            embeds, is_image = inputs_embeds, torch.eq(inputs_embeds, placeholder).all(-1)
+            embeds = inputs_embeds
         else:
             raise ValueError("Exactly one of input_ids and inputs_embeds is needed")
 
         features = None
         if pixel_values is not None:
             features = self.get_image_features(pixel_values, image_grid_hw).pooler_output
-            embeds = self._merge(embeds, is_image, features)
+            embeds = self._merge(embeds, self.is_image_token(input_ids, inputs_embeds), features)
         elif input_ids is not None and input_ids.shape[1] > 1:
             # One token alone was sampled by the model itself, and may be anything in the vocabulary.
-            embeds = self._merge(embeds, is_image, ())
+            embeds = self._merge(embeds, self.is_image_token(input_ids, None), ())
 
         outputs = self.language_model(
             inputs_embeds=embeds,
@@ -324,6 +359,17 @@ class LongLlavaModel(LongLlavaPreTrainedModel):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
             image_hidden_states=features,
+        )
+
+
+def _check_padding(attention_mask: Tensor) -> None:
+    """Raise unless the padding of every row (B, L) stands before its text."""
+    behind = attention_mask.bool()[:, :-1] & ~attention_mask.bool()[:, 1:]  # text with padding after it
+    if behind.any():
+        row, position = behind.nonzero()[0].tolist()
+        raise ValueError(
+            f"Row {row} has padding behind its first {position + 1} tokens: pad on the left, and go on from the cache "
+            "of a batch only where no row ended before the others"
         )
 
 
@@ -349,10 +395,10 @@ class LongLlavaForConditionalGeneration(LongLlavaPreTrainedModel, GenerationMixi
         return self.lm_head
 
     def get_image_features(
-        self, pixel_values: Tensor, image_grid_hw: Tensor | None = None, **kwargs
+        self, pixel_values: Tensor, image_grid_hw: Tensor | None = None
     ) -> BaseModelOutputWithPooling:
         """See [`LongLlavaModel.get_image_features`]."""
-        return self.model.get_image_features(pixel_values, image_grid_hw, **kwargs)
+        return self.model.get_image_features(pixel_values, image_grid_hw)
 
     @can_return_tuple
     def forward(
@@ -403,8 +449,11 @@ class LongLlavaForConditionalGeneration(LongLlavaPreTrainedModel, GenerationMixi
         if labels is not None:
             loss = self.loss_function(logits, labels, text_config.vocab_size, **kwargs)
         if output_router_logits and outputs.router_logits:  # a dense model has none
+            # The mask of a cached step is as long as the cache, and a prepared one has no padding to leave out.
+            length = outputs.last_hidden_state.shape[1]
+            mask = attention_mask[:, -length:] if isinstance(attention_mask, Tensor) else None
             aux_loss = load_balancing_loss_func(
-                outputs.router_logits, text_config.num_experts, text_config.num_experts_per_tok, attention_mask
+                outputs.router_logits, text_config.num_experts, text_config.num_experts_per_tok, mask
             )
             if loss is not None:
                 loss = loss + text_config.router_aux_loss_coef * aux_loss.to(loss.device)
@@ -423,6 +472,8 @@ class LongLlavaForConditionalGeneration(LongLlavaPreTrainedModel, GenerationMixi
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_grid_hw: Tensor | None = None,
         is_first_iteration: bool | None = False,
@@ -431,56 +482,48 @@ class LongLlavaForConditionalGeneration(LongLlavaPreTrainedModel, GenerationMixi
         """Hand the pictures to the first forward pass only, and of those only the ones that are not in the cache.
 
         Raises:
-            ValueError: if the cache ends inside a picture, or pictures and image tokens differ in number.
+            ValueError: if the cache ends inside a picture, pictures and image tokens differ in number, or there is
+                padding behind text: the states of the Mamba layers would have run over it.
         """
+        if is_first_iteration and attention_mask is not None and attention_mask.ndim == 2:
+            _check_padding(attention_mask)
         inputs = super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length=next_sequence_length, is_first_iteration=is_first_iteration, **kwargs
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
         if pixel_values is None or not (is_first_iteration or kwargs.get("use_cache") is False):
             return inputs
-        if next_sequence_length is not None and next_sequence_length < input_ids.shape[1]:
-            rows = self._pictures_by_row(input_ids, pixel_values, image_grid_hw)
-            cached = (input_ids[:, :-next_sequence_length] == self.config.image_token_id).sum(1).tolist()
+        is_image = self.model.is_image_token(input_ids, inputs_embeds)
+        if next_sequence_length is not None and next_sequence_length < is_image.shape[1]:
+            tokens = self._picture_tokens(pixel_values, image_grid_hw)
+            cached = is_image[:, :-next_sequence_length].sum(1).tolist()
             new = []
-            for row, (pictures, seen) in enumerate(zip(rows, cached, strict=True)):
-                for index, tokens in pictures:
-                    if 0 < seen < tokens:
+            for row, (pictures, seen) in enumerate(zip(pictures_by_row(is_image, tokens), cached, strict=True)):
+                for picture in pictures:
+                    if 0 < seen < tokens[picture]:
                         raise ValueError(
-                            f"The cache ends inside picture {index} of row {row}: it holds {seen} of {tokens} tokens"
+                            f"The cache ends inside picture {picture} of row {row}: it holds {seen} of "
+                            f"{tokens[picture]} tokens"
                         )
                     if seen == 0:
-                        new.append(index)
-                    seen = max(seen - tokens, 0)
+                        new.append(picture)
+                    seen = max(seen - tokens[picture], 0)
             if not new:
                 return inputs
             pixel_values = pixel_values[new]
             image_grid_hw = None if image_grid_hw is None else image_grid_hw[new]
         return inputs | {"pixel_values": pixel_values, "image_grid_hw": image_grid_hw}
 
-    def _pictures_by_row(
-        self, input_ids: Tensor, pixel_values: Tensor, image_grid_hw: Tensor | None
-    ) -> list[list[tuple[int, int]]]:
-        """For every row of the batch its pictures: (index in `pixel_values`, number of tokens)."""
-        if image_grid_hw is None:
-            rows, columns = self.config.image_grid
-            tokens = [rows * columns] * pixel_values.shape[0]
-        else:
-            tokens = image_grid_hw.prod(-1).tolist()
-        pictures = iter(enumerate(tokens))
-        by_row = []
-        for row, wanted in enumerate((input_ids == self.config.image_token_id).sum(1).tolist()):
-            found, got = [], 0
-            while got < wanted and (picture := next(pictures, None)) is not None:
-                found.append(picture)
-                got += picture[1]
-            if got != wanted:
-                raise ValueError(f"Row {row} has {wanted} image tokens, but its {len(found)} pictures give {got}")
-            by_row.append(found)
-        if (left := len(list(pictures))) > 0:
-            raise ValueError(
-                f"{len(tokens)} pictures are given, but the image tokens account for {len(tokens) - left}"
-            )
-        return by_row
+    def _picture_tokens(self, pixel_values: Tensor, image_grid_hw: Tensor | None) -> list[int]:
+        """Tokens of each picture."""
+        if image_grid_hw is not None:
+            return image_grid_hw.prod(-1).tolist()
+        rows, columns = self.config.image_grid
+        return [rows * columns] * pixel_values.shape[0]
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs
@@ -488,9 +531,10 @@ class LongLlavaForConditionalGeneration(LongLlavaPreTrainedModel, GenerationMixi
         """Repeat rows for beams or several answers; the pictures of a row stay together, in prompt order."""
         pixel_values = model_kwargs.pop("pixel_values", None)
         image_grid_hw = model_kwargs.pop("image_grid_hw", None)
-        if pixel_values is not None and expand_size > 1 and input_ids is not None:
-            rows = self._pictures_by_row(input_ids, pixel_values, image_grid_hw)
-            order = [index for pictures in rows for _ in range(expand_size) for index, _ in pictures]
+        if pixel_values is not None and expand_size > 1:
+            is_image = self.model.is_image_token(input_ids, model_kwargs.get("inputs_embeds"))
+            by_row = pictures_by_row(is_image, self._picture_tokens(pixel_values, image_grid_hw))
+            order = [picture for pictures in by_row for _ in range(expand_size) for picture in pictures]
             pixel_values = pixel_values[order]
             image_grid_hw = None if image_grid_hw is None else image_grid_hw[order]
         input_ids, model_kwargs = super()._expand_inputs_for_generation(

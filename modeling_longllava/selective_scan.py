@@ -83,8 +83,8 @@ def selective_scan(
     """Run the selective scan over a sequence, from a given state, and return the outputs and the last state.
 
     States, exponentials and sums are float32 whatever the dtype of the inputs. Gradients flow to every floating point
-    argument, through the outputs and through the final state; the backward pass computes the states again from one
-    state per 64 steps instead of storing them all.
+    argument, through the outputs and through the final state (`mamba_ssm`'s kernel: through the outputs only); the
+    backward pass computes the states again from one state per 64 steps instead of storing them all.
 
     Args:
         x (`Tensor` of shape `(batch, length, channels)`): input.

@@ -13,18 +13,6 @@ IMAGE = 3
 TEXT = slice(4, 260)  # ids that are neither special nor the image token
 
 
-@pytest.fixture(autouse=True)
-def wide_weights(monkeypatch):
-    """Random weights of 0.02 give logits in which a lost state hardly shows; 0.1 makes a loss of it obvious."""
-    original = LongLlavaConfig.__post_init__
-
-    def post_init(self, **kwargs):
-        original(self, **kwargs)
-        self.text_config.initializer_range = 0.1
-
-    monkeypatch.setattr(LongLlavaConfig, "__post_init__", post_init)
-
-
 def row(length: int, pictures: list[tuple[int, int]], seed: int = 0) -> Tensor:
     """(1, length) ids: text, with `tokens` image tokens from position `start` for each (start, tokens)."""
     ids = torch.randint(TEXT.start, TEXT.stop, (1, length), generator=torch.Generator().manual_seed(seed))
@@ -263,6 +251,45 @@ def test_a_decode_step_is_one_graph(tiny_model):
 
 
 @torch.no_grad()
+def test_padding_behind_text_is_an_error(tiny_model):
+    """A row that ended early has pads in the cache of its batch, and the states of its Mamba layers ran over them."""
+    model = tiny_model()
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[1, 7:9] = 0
+    with pytest.raises(ValueError, match="Row 1 has padding behind its first 7 tokens"):
+        model.generate(torch.cat([row(12, []), row(12, [], 1)]), attention_mask=mask, max_new_tokens=1)
+
+
+@torch.no_grad()
+def test_generation_from_embeddings(tiny_model):
+    model, inputs = tiny_model(), example()
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    for beams in (1, 3):
+        expected = model.generate(**example(), **settings, num_beams=beams)[:, 60:]
+        assert (
+            model.generate(inputs_embeds=embeds, **inputs, **settings, num_beams=beams).tolist() == expected.tolist()
+        )
+
+
+def test_image_tokens_in_the_wrong_row_are_an_error(tiny_model):
+    """The sum over the batch is right, but a picture would be cut between two rows."""
+    ids = torch.cat([row(20, [(2, 5)]), row(20, [(2, 3)], 1)])
+    with pytest.raises(ValueError, match="Row 0 has 5 image tokens, but its 2 pictures give 8"):
+        tiny_model()(ids, pixel_values=pixels(2))
+
+
+@torch.no_grad()
+def test_generation_with_router_logits(tiny_model):
+    model, (_, batch) = tiny_model(), mixed_batch()
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    assert (
+        model.generate(**batch, **settings, output_router_logits=True).tolist()
+        == model.generate(**batch, **settings).tolist()
+    )
+
+
+@torch.no_grad()
 def test_several_samples_of_one_prompt_keep_its_pictures(tiny_model):
     """`num_return_sequences` repeats the rows: the pictures of a row must follow it as a block."""
     model = tiny_model()
@@ -421,7 +448,8 @@ def test_time_steps_begin_where_a_state_lasts(tiny_model):
         ),
         ({"pixel_values": pixels(2)}, "image_grid_hw has 3 rows, but pixel_values has 2"),
         ({"pixel_values": None, "image_grid_hw": None}, "21 image tokens.* 0 pictures give 0"),
-        ({"input_ids": row(10, [])}, "0 image tokens.* 3 pictures give 21"),
+        ({"input_ids": row(10, [])}, "3 pictures, .* image tokens of 0"),
+        ({"image_grid_hw": torch.tensor([[2, 2], [0, 1], [4, 4]])}, "0 x 1 tokens"),
         ({"image_grid_hw": torch.tensor([[3, 2], [1, 1], [4, 4]])}, "4 x 4 patches cannot be pooled to 3 x 2"),
         ({"input_ids": None}, "input_ids and inputs_embeds"),
     ],
