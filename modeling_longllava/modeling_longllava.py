@@ -289,10 +289,12 @@ class LongLlavaModel(LongLlavaPreTrainedModel):
     def is_image_token(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """(B, L): where the placeholders of pictures are; in embeddings, wherever there is that of the image token."""
         token = self.config.image_token_id
-        if inputs_embeds is None:
+        if inputs_embeds is not None:
+            placeholder = self.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))
+            return torch.eq(inputs_embeds, placeholder).all(-1)
+        if input_ids is not None:
             return torch.eq(input_ids, token)
-        placeholder = self.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))
-        return torch.eq(inputs_embeds, placeholder).all(-1)
+        raise ValueError("One of input_ids and inputs_embeds is needed")
 
     def _merge(self, inputs_embeds: Tensor, is_image: Tensor, features: tuple[Tensor, ...]) -> Tensor:
         """Put the features of the pictures where `is_image` (B, L) holds."""
