@@ -138,10 +138,19 @@ class Conversation:
         return self.model.config.text_config.max_position_embeddings
 
     def add_question(self, question: str) -> None:
-        """Append a turn of the user and prepare its inputs."""
+        """Append a turn of the user and prepare its inputs.
+
+        Raises:
+            ValueError: the question holds a placeholder, or (the first one) a picture or video cannot be read; nothing
+                has changed then.
+        """
+        for placeholder in (self.processor.image_token, self.processor.video_token):
+            if placeholder in question:
+                raise ValueError(f"a question cannot contain {placeholder}: it stands for a picture or video")
         placeholders = [] if self.messages else [{"type": medium.kind} for medium in self.media]
-        self.messages.append({"role": "user", "content": [*placeholders, {"type": "text", "text": question}]})
-        prompt = self.processor.apply_chat_template(self.messages, add_generation_prompt=True, tokenize=False)
+        turn = {"role": "user", "content": [*placeholders, {"type": "text", "text": question}]}
+        messages = [*self.messages, turn]
+        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         if self.prompt:
             # Pictures are read once. What is new begins at the start token of the answer before; a special token
             # parts the text for the tokenizer, so the ids are those of the whole prompt.
@@ -165,7 +174,7 @@ class Conversation:
             self.costs = media_costs(self.media, prompt, inputs, self.processor) if self.media else []
             del inputs["offset_mapping"]
             self.inputs = inputs.to(self.model.device)
-        self.prompt, self.prompt_length = prompt, self.inputs["input_ids"].shape[1]
+        self.messages, self.prompt, self.prompt_length = messages, prompt, self.inputs["input_ids"].shape[1]
 
     def answer(self) -> str:
         """Generate the answer to the newest question, printing it as it comes."""

@@ -4,7 +4,9 @@ Every heavy import stands inside the command that needs it, so that `longllava -
 """
 
 import functools
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +32,9 @@ def main(
 ) -> None:
     """LongLLaVA: questions about many pictures, long videos and very large images."""
     context.obj = debug
+    # Before torch is imported: threads that spin while they wait take the cores from each other as soon as anything
+    # else runs on them, and a scan of 0.2 s was seen to take 10 s.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -52,6 +57,24 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(1) from None
 
     return run
+
+
+@contextmanager
+def loading(model: str) -> Iterator[None]:
+    """Name the model in errors of files and network, which otherwise say only that something was not found."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"model {model}: {error}") from error
+
+
+@contextmanager
+def needing(extra: str) -> Iterator[None]:
+    """Name the extra of this package that brings a module which is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error}; pip install 'longllava[{extra}]' brings it") from error
 
 
 def model_or_pocket(model: str | None) -> str:
@@ -121,21 +144,33 @@ def chat(
     # One line about tokens and the answer are all that is to be seen.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    with loading(source):
+        processor = LongLlavaProcessor.from_pretrained(source)
+        network = LongLlavaForConditionalGeneration.from_pretrained(source, dtype=dtype).to(device).eval()
     conversation = Conversation(
-        LongLlavaForConditionalGeneration.from_pretrained(source, dtype=dtype).to(device).eval(),
-        LongLlavaProcessor.from_pretrained(source),
+        network,
+        processor,
         found,
         max_new_tokens=max_new_tokens,
         tokens_per_image=tokens_per_image,
         tokens_per_frame=tokens_per_frame,
         sub_images=tiles > 0,
         max_tiles=tiles or None,
-        num_frames=frames,
+        num_frames=None if fps else frames,
         fps=fps,
+        max_frames=frames if fps else None,
     )
-    for number, text in enumerate(questions(question)):
-        conversation.add_question(text)
-        costs = [] if number else conversation.costs
+    for text in questions(question):
+        first = not conversation.prompt
+        try:
+            conversation.add_question(text)
+        except ValueError as error:
+            # Pictures that cannot be read end it; a question that cannot be asked does not.
+            if first:
+                raise
+            typer.echo(f"longllava: {error}", err=True)
+            continue
+        costs = conversation.costs if first else []
         for line in describe_costs(costs, conversation.prompt_length, conversation.window):
             typer.echo(line, err=True)
         sys.stderr.flush()
@@ -147,8 +182,10 @@ def questions(question: str | None) -> Iterator[str]:
     if question is not None:
         yield question
         return
-    import readline  # noqa: F401 (arrow keys and history in input())
     import sys
+
+    with suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401 (arrow keys and history in input())
 
     while True:
         try:
@@ -224,7 +261,10 @@ def evaluate_pocket(
     """Measure the pocket model on handwritten digits that it has never seen."""
     from longllava.evaluation import pocket
 
-    typer.echo(pocket.table(pocket.evaluate_pocket(model_or_pocket(model), rows, output), rows))
+    source = model_or_pocket(model)
+    with needing("eval"), loading(source):
+        accuracies = pocket.evaluate_pocket(source, rows, output)
+    typer.echo(pocket.table(accuracies, rows))
 
 
 @app.command(
@@ -233,6 +273,7 @@ def evaluate_pocket(
 @one_line_errors
 def train(context: typer.Context) -> None:
     """Train by a recipe: --config recipes/X.yaml; any further --option wins over the recipe's."""
-    from longllava.trainers.sft import main as train_by_recipe
+    with needing("train"):
+        from longllava.trainers.sft import main as train_by_recipe
 
     train_by_recipe(context.args)

@@ -147,6 +147,23 @@ def test_conversation_reads_lines(tiny_folder: Path, picture_files: list[Path]) 
     assert result.stderr.count("picture0.png") == 1
 
 
+def test_fps_with_a_limit(tiny_folder: Path, video_file: Path) -> None:
+    """2 seconds at 3 frames a second are 6 frames or so; 4 are allowed."""
+    arguments = [str(video_file), "--fps", "3", "-q", "What?", "-m", str(tiny_folder), "--max-new-tokens", "2"]
+    assert "frames, 24 tokens" in runner.invoke(app, ["chat", *arguments]).stderr
+    assert ": 4 frames, 16 tokens" in runner.invoke(app, ["chat", *arguments, "--frames", "4"]).stderr
+
+
+def test_a_question_that_cannot_be_asked_does_not_end_the_conversation(
+    tiny_folder: Path, picture_files: list[Path]
+) -> None:
+    arguments = ["chat", str(picture_files[0]), "--model", str(tiny_folder), "--max-new-tokens", "3"]
+    result = runner.invoke(app, arguments, input="First?\nWhat does <image> mean?\nThird?\n")
+    assert result.exit_code == 0, result.output
+    assert "longllava: a question cannot contain <image>" in result.stderr
+    assert len(re.findall(r"^\d+ of the window's", result.stderr, flags=re.MULTILINE)) == 2
+
+
 def test_unreadable_picture_is_one_line_with_its_name(tiny_folder: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"not a picture")

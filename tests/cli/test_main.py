@@ -42,6 +42,8 @@ def test_wrong_option_is_an_error_of_usage() -> None:
     ("arguments", "says"),
     [
         (["chat", "gone.png", "-q", "What?", "-m", "also-gone"], "gone.png"),
+        (["chat", "-q", "What?", "-m", "owner/gone"], "owner/gone"),
+        (["evaluate", "pocket", "-m", "owner/gone"], "owner/gone"),
         (["convert", "gone", "new"], "gone"),
         (["export", "gone", "new"], "gone"),
         (["push", "gone", "owner/name"], "gone"),
@@ -80,6 +82,14 @@ def test_chat_asks_for_a_model_where_none_ships(tmp_path: Path, monkeypatch) -> 
     monkeypatch.setattr(command_line, "POCKET", tmp_path / "none")
     result = runner.invoke(app, ["chat", "-q", "What?"])
     assert result.exit_code == 2 and "--model" in result.output
+
+
+def test_missing_module_names_the_extra_that_brings_it(monkeypatch) -> None:
+    monkeypatch.delitem(sys.modules, "longllava.trainers.sft", raising=False)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    result = runner.invoke(app, ["train", "--config", "recipe.yaml"])
+    assert result.exit_code == 1
+    assert len(result.stderr.splitlines()) == 1 and "longllava[train]" in result.stderr
 
 
 def test_train_passes_everything_on(monkeypatch) -> None:
