@@ -24,7 +24,6 @@ import base64
 import binascii
 import bisect
 import inspect
-import math
 import re
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import Environment, meta
 from PIL import Image, ImageOps
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_transforms import normalize, rescale
@@ -57,7 +57,8 @@ def read_picture(source: Any, name: str) -> Image.Image:
     `{"bytes", "path"}` works too. `name` says in errors which picture it was; paths and URLs speak for themselves.
 
     Raises FileNotFoundError for a missing file, TypeError for an unknown kind of source and ValueError for anything
-    that cannot be read.
+    that cannot be read. That includes files of more pixels than Pillow trusts, twice `PIL.Image.MAX_IMAGE_PIXELS`
+    (179 million by default): a larger picture needs a higher value there, or None.
     """
     if isinstance(source, dict) and {"bytes", "path"} <= source.keys():
         source = source["path"] if source["bytes"] is None else source["bytes"]
@@ -83,7 +84,10 @@ def read_picture(source: Any, name: str) -> Image.Image:
             return to_rgb(_picture_of_array(source))
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        # Pillow's sentence holds both numbers, the picture's pixels and the limit.
+        raise ValueError(f"{name} is too large: {error} PIL.Image.MAX_IMAGE_PIXELS sets half this limit.") from error
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{name} cannot be read as a picture: {error}") from error
     raise TypeError(f"{name} is a {type(source).__name__}; a picture is a path, URL, bytes, PIL, array or tensor")
 
@@ -443,7 +447,8 @@ class LongLlavaProcessor(ProcessorMixin):
             text: one prompt or several; None for pictures alone.
             images: one picture, a list of them for all placeholders of all prompts in order, or one list per prompt.
                 See `read_picture` for what a picture can be.
-            videos: the same with videos. See `read_video`; a list of pictures or an array with four axes is one video.
+            videos: the same with videos. See `read_video`; a list of pictures or an array with four axes is one video,
+                an array with five axes a list of them.
             tokens_per_image, tokens_per_frame: a square number each. A `tokens_per_image` of the call is also that of
                 frames, unless the call or the checkpoint has one for frames.
             sub_images: give every picture its tiles (see the head of this file), at most `max_tiles`; also one choice
@@ -558,16 +563,14 @@ class LongLlavaProcessor(ProcessorMixin):
     def _grid_side(self, tokens: int, name: str) -> int:
         """Rows, which are also columns, of the `tokens` of a picture; ValueError where the tower cannot give them."""
         patches = self.image_size // self.patch_size
-        usable = [side * side for side in range(1, patches + 1) if patches % side == 0]
-        side = math.isqrt(max(tokens, 0))
+        sides = [side for side in range(1, patches + 1) if patches % side == 0]
+        usable = [side * side for side in sides]
         if tokens not in usable:
-            reason = (
-                f"{side} x {side} does not divide"
-                if side * side == tokens > 0
-                else "it is no square number to lay over"
+            raise ValueError(
+                f"{name}={tokens} is not the square of a divisor of the tower's {patches} x {patches} patches; "
+                f"usable: {usable}"
             )
-            raise ValueError(f"{name}={tokens}: {reason} the tower's {patches} x {patches} patches; usable: {usable}")
-        return side
+        return sides[usable.index(tokens)]
 
     def _square(self, picture: Image.Image) -> np.ndarray:
         """(S, S, 3) uint8: the picture in the middle of a square of the mean colour, resized to the tower's input."""
@@ -708,7 +711,8 @@ class LongLlavaProcessor(ProcessorMixin):
         text blocks may hold `<img><image></img>` and `<video>` themselves. Pictures and videos come in the blocks or,
         for blocks that hold none and for placeholders in text, through `images=` and `videos=`.
 
-        Arguments of `__call__` can be given directly or in `processor_kwargs`; anything else goes to the template.
+        Arguments of `__call__` can be given directly or in `processor_kwargs`; `tools`, `documents` and anything else
+        go to the template, and are an error where it has no such variable (this package's own has none of them).
         With `return_assistant_tokens_mask` there is `assistant_masks` (B, L), 1 on answers and their ends; see
         `build_labels`. Written here and not inherited because transformers before 5.18 puts that mask at the wrong
         tokens behind a picture.
@@ -727,12 +731,15 @@ class LongLlavaProcessor(ProcessorMixin):
             template = self.chat_template[chat_template or "default"]
         if template is None:
             raise ValueError("this processor has no chat template")
-        for name in kwargs:
-            if name not in template:
-                raise TypeError(f"neither the processor nor its chat template has an argument {name!r}")
+        extra = kwargs.keys() | {name for name, value in (("tools", tools), ("documents", documents)) if value}
+        if extra and (unknown := sorted(extra - _variables(template))):
+            raise TypeError(f"neither the processor nor its chat template takes {', '.join(map(repr, unknown))}")
 
-        batched = isinstance(conversation[0], list | tuple)
-        conversations = [_clean(messages) for messages in (conversation if batched else [conversation])]
+        batched = len(conversation) > 0 and isinstance(conversation[0], list | tuple)
+        conversations = [
+            _clean(messages, f" of conversation {number}" if batched else "")
+            for number, messages in enumerate(conversation if batched else [conversation])
+        ]
         rendered: Any = render_jinja_template(
             conversations=conversations,
             tools=tools,
@@ -773,13 +780,13 @@ class LongLlavaProcessor(ProcessorMixin):
 
         The end of every answer teaches the end-of-text token: at the last answer the input holds it, at an answer
         inside the history the input holds a newline (the next turn's start token follows) and only the label changes.
-        The tokenizer must keep that newline a token of its own.
+        The tokenizer must keep that newline a token of its own. Pictures in an answer are read, not taught.
         """
         newline = self.tokenizer.encode("\n", add_special_tokens=False)[-1]
         inside = assistant_masks.bool()
         following = torch.nn.functional.pad(input_ids[:, 1:], (0, 1), value=IGNORE_INDEX)
         ends_turn = inside & (input_ids == newline) & (following == self.tokenizer.bos_token_id)
-        labels = input_ids.masked_fill(~inside, IGNORE_INDEX)
+        labels = input_ids.masked_fill(~inside | (input_ids == self.image_token_id), IGNORE_INDEX)
         return labels.masked_fill(ends_turn, self.tokenizer.eos_token_id)
 
     # ---- for servers
@@ -797,19 +804,21 @@ class LongLlavaProcessor(ProcessorMixin):
         """How many `<image>` tokens and how many pictures for the tower each input will become.
 
         `image_sizes` are (height, width), `video_sizes` (frames, height, width) after sampling. The text around tiles
-        and frames is not counted.
+        and frames is not counted. What `__call__` refuses is refused here too.
         """
+        max_tiles = self.max_tiles if max_tiles is None else max_tiles
+        _positive(max_tiles=max_tiles)
+        image_side = self._grid_side(self._image_tokens(tokens_per_image), "tokens_per_image")
+        frame_side = self._grid_side(self._frame_tokens(tokens_per_image, tokens_per_frame), "tokens_per_frame")
         data: dict[str, list[int]] = {}
         if image_sizes is not None:
             parts = [1] * len(image_sizes)
             if sub_images:
-                grids = [best_grid(h, w, self.image_size, max_tiles or self.max_tiles) for h, w in image_sizes]
+                grids = [best_grid(h, w, self.image_size, max_tiles) for h, w in image_sizes]
                 parts = [1 + rows * cols * (rows * cols > 1) for rows, cols in grids]
-            tokens = self._image_tokens(tokens_per_image)
-            data |= {"num_image_tokens": [tokens * count for count in parts], "num_image_patches": parts}
+            data |= {"num_image_tokens": [image_side**2 * count for count in parts], "num_image_patches": parts}
         if video_sizes is not None:
-            tokens = self._frame_tokens(tokens_per_image, tokens_per_frame)
-            data["num_video_tokens"] = [tokens * size[0] for size in video_sizes]
+            data["num_video_tokens"] = [frame_side**2 * size[0] for size in video_sizes]
         return MultiModalData(**data)
 
 
@@ -856,6 +865,8 @@ def _by_prompt(items: Any, counts: list[int], kind: str) -> list[list[Any]]:
     """One list of pictures (`kind` image) or videos per prompt, as many as it has placeholders (`counts`)."""
     if items is None:
         items = []
+    if kind == "video" and isinstance(items, np.ndarray | torch.Tensor) and items.ndim == 5:
+        items = list(items)  # a batch of videos
     if kind == "video" and (not _is_list(items) or (len(items) > 0 and all(_is_frame(item) for item in items))):
         items = [items]
     nested = _is_list(items) and len(items) > 0 and all(_is_list(item) for item in items)
@@ -893,18 +904,41 @@ def _substitute(prompt: str, replacements: dict[str, Iterator[str]]) -> tuple[st
     return "".join(pieces), new_bounds, old_bounds
 
 
-def _clean(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A copy of a conversation without keys that hold None (tables fill them in) and with OpenAI's picture blocks."""
+def _variables(template: str) -> set[str]:
+    """The names that a chat template takes from its caller."""
+    # transformers' own tag, which jinja does not know; it changes no variable.
+    plain = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", template)
+    return meta.find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain))
+
+
+def _clean(messages: Sequence[dict[str, Any]], whose: str) -> list[dict[str, Any]]:
+    """A copy of a conversation without keys that hold None (tables fill them in) and with OpenAI's picture blocks.
+
+    Raises ValueError for what would become an empty turn: no messages, no content, a text block without text. `whose`
+    is the end of the name of a message in errors.
+    """
+    if len(messages) == 0:
+        raise ValueError(f"there are 0 messages{whose}")
     copies = []
-    for message in messages:
+    for number, message in enumerate(messages):
+        name = f"message {number}{whose}"
+        if not isinstance(message, dict):
+            raise TypeError(f"{name} is a {type(message).__name__}, not a dictionary with role and content")
         message = {key: value for key, value in message.items() if value is not None}
-        if _is_list(message.get("content")):
+        content = message.get("content")
+        if not isinstance(content, str | list | tuple):
+            raise ValueError(f"{name} has content {content!r}; content is a string or a list of blocks")
+        if _is_list(content):
             blocks = []
-            for block in message["content"]:
+            for place, block in enumerate(content):
+                if not isinstance(block, dict):
+                    raise TypeError(f"block {place} of {name} is a {type(block).__name__}, not a dictionary")
                 block = {key: value for key, value in block.items() if value is not None}
                 if block.get("type") == "image_url":
                     url = block["image_url"]
                     block = {"type": "image", "url": url["url"] if isinstance(url, dict) else url}
+                if block.get("type") == "text" and not isinstance(block.get("text"), str):
+                    raise ValueError(f"block {place} of {name} is of type text and has text {block.get('text')!r}")
                 blocks.append(block)
             message["content"] = blocks
         copies.append(message)

@@ -213,6 +213,17 @@ def test_truncated_file_is_named(tmp_path: Path, tiny_processor: Callable) -> No
         tiny_processor()(text="<image>", images=[buffer.getvalue()[:500]])
 
 
+def test_more_pixels_than_pillow_trusts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file, its 200 pixels and the limit, twice Pillow's setting, are named; a higher setting reads it."""
+    path = saved(Image.new("RGB", (20, 10)), tmp_path / "poster.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)
+    for source, name in ((path, r"poster\.png'"), (path.read_bytes(), "number 3")):
+        with pytest.raises(ValueError, match=rf"{name} is too large: .*\(200 pixels\).* 198 pixels.*MAX_IMAGE_PIXELS"):
+            read_picture(source, "number 3")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
+    assert read_picture(path, "it").size == (20, 10)
+
+
 # ---- tiles
 
 
@@ -354,6 +365,14 @@ def test_sequences_of_frames(video_file: Path, tmp_path: Path, tiny_processor: C
     assert [info["frames_indices"] for info in two["video_metadata"]] == [[0, 4], [0, 11]]
     nested = processor(text=["<video><video>"], videos=[[video_file, str(video_file)]], num_frames=2)
     assert len(nested["pixel_values"]) == 4
+
+    batch = np.stack([array, array[::-1]])
+    expected = processor(images=[*pictures, *pictures[::-1]])["pixel_values"]
+    for videos in (batch, torch.from_numpy(batch), list(batch)):
+        assert processor(text=["<video>", "<video>"], videos=videos)["pixel_values"].equal(expected)
+        assert processor(text="<video><video>", videos=videos)["pixel_values"].equal(expected)
+    with pytest.raises(ValueError, match="the prompt has 1 <video> placeholders, but 2 videos are given"):
+        processor(text="<video>", videos=batch)
 
 
 def test_limits_of_the_checkpoint_and_of_the_call(video_file: Path, tiny_processor: Callable) -> None:

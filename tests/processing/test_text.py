@@ -307,6 +307,14 @@ def test_labels_are_the_answers_whatever_they_say(tiny_processor: Callable) -> N
     assert labelled_text(processor, [longer, turns("q", "a")]) == [f"yes{end}", f"a{end}"]
 
 
+def test_pictures_in_answers_are_not_taught(tiny_processor: Callable) -> None:
+    """Four tokens of a picture in each answer have no label; the tags around it, which are text, have."""
+    processor = tiny_processor()
+    messages = turns("Draw.", "<img><image></img> so", "Again.", "<image>")
+    taught = labelled_text(processor, messages, images=shades(2))
+    assert taught == ["<img></img> so<|endoftext|><|endoftext|>"]
+
+
 def test_system_message_opens_the_user_turn(tiny_processor: Callable) -> None:
     processor = tiny_processor()
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [IMAGE, text("What?")]}]
@@ -345,6 +353,19 @@ def test_tokens_are_counted_before_there_are_pictures(tiny_processor: Callable) 
             assert (inputs["input_ids"] == processor.image_token_id).sum() == tokens
             assert len(inputs["pixel_values"]) == patches
     assert processor._get_num_multimodal_tokens(video_sizes=[(5, 8, 8)], tokens_per_frame=1).num_video_tokens == [5]
+    for wrong in ({"tokens_per_image": 5}, {"tokens_per_frame": 5}, {"max_tiles": 0}):
+        with pytest.raises(ValueError) as expected:
+            processor(text="x", **wrong)
+        with pytest.raises(ValueError) as found:
+            processor._get_num_multimodal_tokens(image_sizes=sizes, video_sizes=[(5, 8, 8)], **wrong)
+        assert str(found.value) == str(expected.value)
+
+
+def test_whole_numbers_of_tokens_may_be_floats(tiny_processor: Callable) -> None:
+    """As JSON and sliders give them."""
+    inputs = tiny_processor()(text="<image>", images=shades(1), tokens_per_image=16.0)
+    assert inputs["image_grid_hw"].tolist() == [[4, 4]]
+    assert inputs["image_grid_hw"].dtype == torch.int64
 
 
 def test_answers_are_decoded_without_special_tokens(tiny_processor: Callable) -> None:
@@ -367,13 +388,14 @@ def test_answers_are_decoded_without_special_tokens(tiny_processor: Callable) ->
         ({"text": "none", "videos": ["a.mp4"]}, "the prompt has 0 <video> placeholders, but 1 videos"),
         (
             {"text": "<image>", "images": shades(1), "tokens_per_image": 5},
-            r"tokens_per_image=5: it is no square number .* 4 x 4",
+            r"tokens_per_image=5 is not the square of a divisor of .* 4 x 4 patches; usable: \[1, 4, 16\]",
         ),
         (
             {"text": "<image>", "images": shades(1), "tokens_per_image": 9},
-            r"tokens_per_image=9: 3 x 3 does not divide .* 4 x 4",
+            r"tokens_per_image=9 is not the square of a divisor of .* 4 x 4 patches",
         ),
-        ({"text": "x", "tokens_per_frame": 0}, r"tokens_per_frame=0: .* usable: \[1, 4, 16\]"),
+        ({"text": "x", "tokens_per_frame": 0}, r"tokens_per_frame=0 .* usable: \[1, 4, 16\]"),
+        ({"text": "x", "tokens_per_image": 4.5}, r"tokens_per_image=4\.5 .* usable: \[1, 4, 16\]"),
         (
             {"text": "ab<image>", "images": shades(1), "truncation": True, "max_length": 4},
             "6 tokens, 4 of them of pictures; .*=4 .* 2",
@@ -400,8 +422,51 @@ def test_wrong_kinds_of_text_and_unknown_arguments(tiny_processor: Callable) -> 
         tiny_processor()(text=["a", 1])
     with pytest.raises(TypeError, match="token_per_image"):
         tiny_processor()(text="a", token_per_image=4)
-    with pytest.raises(TypeError, match="token_per_image"):
-        tiny_processor().apply_chat_template(turns("a"), token_per_image=4)
+    for name in ("token_per_image", "image", "content", "token", "loop", "message"):
+        with pytest.raises(TypeError, match=f"neither the processor nor its chat template takes '{name}'"):
+            tiny_processor().apply_chat_template(turns("a"), **{name: 4})
+
+
+def test_tools_and_documents_need_a_template_that_reads_them(tiny_processor: Callable) -> None:
+    """This package's template reads neither; a template of one's own gets them, and other variables too."""
+    processor = tiny_processor()
+    found: dict[str, list] = {"tools": [{"type": "function"}], "documents": [{"title": "a", "text": "b"}]}
+    for name, value in found.items():
+        with pytest.raises(TypeError, match=f"takes '{name}'"):
+            processor.apply_chat_template(turns("a"), **{name: value})
+        assert processor.apply_chat_template(turns("a"), **{name: []}) == "<|startoftext|><|User|>\na\n"
+    template = (
+        "{% for tool in tools %}{{ tool.type }}{% endfor %}{{ documents[0].text }}{{ style }}"
+        "{% for message in messages %}{%- generation -%}{{ message.content }}{%- endgeneration -%}{% endfor %}"
+    )
+    assert processor.apply_chat_template(turns("a"), chat_template=template, style="!", **found) == "functionb!a"
+    with pytest.raises(TypeError, match="takes 'styles', 'tool'"):
+        processor.apply_chat_template(turns("a"), chat_template=template, styles="!", tool=1)
+
+
+@pytest.mark.parametrize(
+    ("conversation", "error", "message"),
+    [
+        ([], ValueError, "there are 0 messages$"),
+        ([turns("a"), []], ValueError, "there are 0 messages of conversation 1"),
+        ([*turns("a"), {"role": "assistant"}], ValueError, "message 1 has content None"),
+        (
+            [turns("a"), [{"role": "user", "content": None}]],
+            ValueError,
+            "message 0 of conversation 1 has content None",
+        ),
+        ([{"role": "user", "content": 5}], ValueError, "message 0 has content 5"),
+        ([{"role": "user", "content": [IMAGE, {"type": "text"}]}], ValueError, "block 1 of message 0 .* text None"),
+        ([{"role": "user", "content": [{"type": "text", "text": 5}]}], ValueError, "block 0 of message 0 .* text 5"),
+        ([{"role": "user", "content": ["a"]}], TypeError, "block 0 of message 0 is a str"),
+        ("hello", TypeError, "message 0 is a str"),
+    ],
+)
+def test_turns_that_would_be_empty_are_named(
+    conversation: Any, error: type[Exception], message: str, tiny_processor: Callable
+) -> None:
+    with pytest.raises(error, match=message):
+        tiny_processor().apply_chat_template(conversation)
 
 
 def test_pictures_come_one_way(tiny_processor: Callable) -> None:
@@ -415,7 +480,7 @@ def test_pictures_come_one_way(tiny_processor: Callable) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"tokens_per_image": 144}, r"144: .* usable: \[1, 4, 16\]"),
+        ({"tokens_per_image": 144}, r"144 .* usable: \[1, 4, 16\]"),
         ({"tokens_per_frame": 2}, "tokens_per_frame=2"),
         ({"max_frames": 0}, "max_frames must be above 0, not 0"),
         ({"image_token": "<picture>"}, r"'<picture>' is not in the vocabulary of the tokenizer \(260 tokens\)"),
