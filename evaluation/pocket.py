@@ -98,7 +98,7 @@ def table(accuracies: dict[str, float], rows: int) -> str:
 
 
 def evaluate_pocket(
-    model_path: str | Path = "spaces_demo/pocket", rows: int = 200, output: str | Path | None = None
+    model_path: str | Path = "spaces_demo/pocket", rows: int = 1000, output: str | Path | None = None
 ) -> dict[str, float]:
     """Measure a folder's (or hub id's) model on all tasks with test digits; also into a JSON file if one is named."""
     processor = LongLlavaProcessor.from_pretrained(model_path)
@@ -112,7 +112,7 @@ def evaluate_pocket(
 def write_examples(folder: str | Path, seed: int = 0) -> dict[str, tuple[str, str]]:
     """Pictures, a video and a big sheet of test digits as files, for demonstrations.
 
-    Writes `picture_1.png` to `picture_4.png` (one of them in a red frame), `video.mp4` (8 frames, one per second) and
+    Writes `picture_1.png` to `picture_4.png` (one of them in a red frame), `video.mp4` (16 frames, one per second) and
     `sheet.png` into `folder`.
 
     Returns:
@@ -123,7 +123,7 @@ def write_examples(folder: str | Path, seed: int = 0) -> dict[str, tuple[str, st
     pictures = make_row("framed", "test", seed, 0, 4)
     for number, picture in enumerate(pictures["images"], start=1):
         picture.save(folder / f"picture_{number}.png")
-    video = make_row("first_last", "test", seed, 0, 8)
+    video = make_row("first_last", "test", seed, 0, 16)
     write_video(folder / "video.mp4", video["images"])
     sheet = make_row("sheet", "test", seed, 0)
     sheet["images"][0].save(folder / "sheet.png")
