@@ -52,7 +52,7 @@ A picture costs {tokens} tokens by default. Paper: [LongLLaVA](https://arxiv.org
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True, dtype="auto", device_map="auto")
+model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True, dtype="auto")
 processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
 pictures = [{{"type": "image", "path": path}} for path in ("first.png", "second.png")]
 question = {{"type": "text", "text": "What is different between the two pictures?"}}

@@ -38,6 +38,8 @@ MESSAGES = [
     }
 ]
 
+CARD_QUESTION = "What is different between the two pictures?"
+
 # Runs in the other process: arguments are the packages, the model folder, a folder to save to and three pictures.
 USE_THE_FOLDER = """
 import sys
@@ -114,24 +116,30 @@ def bare(saved, tmp_path) -> Path:
     return tmp_path / "bare"
 
 
-def use_in_clean_process(folder: Path, packages: Path, pictures: list[Path], tmp_path: Path) -> tuple[dict, Path]:
-    """Runs `USE_THE_FOLDER` offline in an empty folder; its result, and the folder it saved the model to."""
-    work = tmp_path / f"work-{folder.name}"
-    work.mkdir()
-    (work / "use.py").write_text(USE_THE_FOLDER)
-    again = tmp_path / f"{folder.name}-again"
+def run_in_clean_process(code: str, arguments: list[object], work: Path, text: str = "") -> str:
+    """Runs `code` offline in the folder `work`; what it printed."""
+    (work / "use.py").write_text(code)
     run = subprocess.run(
         # -I: no PYTHON* variables, no current folder. -S: no site-packages, so no editable installation of ours.
-        [sys.executable, "-I", "-S", "use.py", str(packages), str(folder), str(again), *map(str, pictures)],
+        [sys.executable, "-I", "-S", "use.py", *map(str, arguments)],
         cwd=work,
         env={"PATH": os.environ["PATH"], "HOME": str(work), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        input=json.dumps(MESSAGES),
+        input=text,
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert run.returncode == 0, run.stderr[-6000:]
-    return json.loads(run.stdout.rpartition("RESULT")[2]), again
+    return run.stdout
+
+
+def use_in_clean_process(folder: Path, packages: Path, pictures: list[Path], tmp_path: Path) -> tuple[dict, Path]:
+    """Runs `USE_THE_FOLDER` in an empty folder; its result, and the folder it saved the model to."""
+    work = tmp_path / f"work-{folder.name}"
+    work.mkdir()
+    again = tmp_path / f"{folder.name}-again"
+    printed = run_in_clean_process(USE_THE_FOLDER, [packages, folder, again, *pictures], work, json.dumps(MESSAGES))
+    return json.loads(printed.rpartition("RESULT")[2]), again
 
 
 def check_use(result: dict, model, processor, pictures: list[Path]) -> None:
@@ -212,6 +220,33 @@ def test_card_has_metadata_and_an_own_card_stays(bare, tmp_path):
     assert "1 of 8 layers" in card.text
     (bare / "README.md").write_text("my own card")
     assert (export_model(bare, tmp_path / "own") / "README.md").read_text() == "my own card"
+
+
+def test_code_of_the_card_runs_in_a_clean_process(bare, tiny_parts, packages, picture_files, tmp_path):
+    """The card's own code, as a reader pastes it, beside the exported folder and two pictures; the same answer."""
+    model, processor = tiny_parts
+    work = tmp_path / "reader"
+    work.mkdir()
+    pictures = [picture_files[index].rename(work / f"{name}.png") for index, name in enumerate(("first", "second"))]
+    card = (export_model(bare, work / "exported") / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("```")[0]
+    assert '"exported"' in code
+    code = "import sys\nsys.path.append(sys.argv[1])\n" + code
+    printed = run_in_clean_process(code, [packages], work)
+
+    content = [*({"type": "image", "path": str(path)} for path in pictures), {"type": "text", "text": CARD_QUESTION}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    answer = model.generate(**inputs, max_new_tokens=64)[:, inputs["input_ids"].shape[1] :]
+    expected = processor.batch_decode(answer, skip_special_tokens=True)[0]
+    assert expected
+    # By lines, for a random model also writes carriage returns, and a pipe makes newlines of them.
+    assert printed.splitlines() == f"{expected}\n".splitlines()
 
 
 def test_sharded_folder_keeps_its_shards(tiny_parts, tmp_path):
