@@ -60,17 +60,8 @@ _RENAMES = [
 # 0, 1, 2, ...: old versions of transformers saved it with the tower, newer ones compute it.
 _COMPUTED = re.compile(r"\.embeddings\.position_ids$")
 
-# The tower of the released checkpoints, so that no download is needed to know its shape.
-_CLIP_L_336 = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "projection_dim": 768,
-    "image_size": 336,
-    "patch_size": 14,
-}
-KNOWN_TOWERS = {"openai/clip-vit-large-patch14-336": _CLIP_L_336}
+# The tower of the released checkpoints, which is our default, so that no download is needed to know its shape.
+KNOWN_TOWERS = {"openai/clip-vit-large-patch14-336": LongLlavaConfig().vision_config}
 
 
 def convert_checkpoint(
@@ -82,6 +73,8 @@ def convert_checkpoint(
     tokenizer: str | Path | None = None,
 ) -> Path:
     """Converts an original checkpoint into a complete Hub folder (see hub.py), with memory for one of its files.
+
+    Its generation_config.json is the original's, if there is one, and suppresses `<image>`: answers hold no pictures.
 
     Args:
         src: folder or Hub id; safetensors or `pytorch_model*.bin`, in one file or sharded, either spelling.
@@ -110,7 +103,7 @@ def convert_checkpoint(
     has_tower = any(name.startswith(_STORED_TOWER) for found in shapes.values() for name in found)
 
     tower = _tower(source, original, vision_tower, has_tower)
-    vision_config = CLIPVisionConfig(**KNOWN_TOWERS[tower]) if isinstance(tower, str) else _vision_config(tower)
+    vision_config = KNOWN_TOWERS[tower] if isinstance(tower, str) else _vision_config(tower)
     if isinstance(tower, Path) and not has_tower:
         for path in weight_files(tower) or weight_files(tower, "pytorch_model.bin"):
             shapes[path] = {name: shape for name, shape in _shapes(path).items() if name.startswith(_OWN_TOWER)}
@@ -131,7 +124,10 @@ def convert_checkpoint(
             patch_size=vision_config.patch_size,
             tokens_per_image=config.tokens_per_image,
         )
-        write_hub_files(folder, config, processor, generation_config(source, config), name=Path(dst).absolute().name)
+        generation = generation_config(source, config)
+        # No training taught the model not to write the renamed piece, and there is no picture behind one it writes.
+        generation.suppress_tokens = [config.image_token_id]
+        write_hub_files(folder, config, processor, generation, name=Path(dst).absolute().name)
     return Path(dst)
 
 
@@ -177,7 +173,8 @@ def original_config(original: dict[str, Any], vision_config: CLIPVisionConfig, i
     """Our configuration for an original config.json.
 
     Raises:
-        ValueError: a setting of the original that changes the result and that this model does not have.
+        ValueError: a setting of the original that changes the result and that this model does not have, or one that
+            is not there and that cannot be guessed.
     """
     # None also stands for a setting that an older config.json does not have.
     only = {
@@ -194,6 +191,10 @@ def original_config(original: dict[str, Any], vision_config: CLIPVisionConfig, i
     for key, values in only.items():
         if original.get(key) not in values:
             raise ValueError(f"config.json says {key} = {original.get(key)!r}, not {' or '.join(map(repr, values))}")
+    # The other fields that may be absent have the same defaults in the original as in JambaConfig.
+    absent = [key for key in ("vocab_size", "num_experts", "mm_vision_select_layer") if original.get(key) is None]
+    if absent:
+        raise ValueError(f"config.json does not say {', '.join(absent)}")
     vocab_size = original["vocab_size"]
     if not 0 <= image_token_id < vocab_size:
         raise ValueError(f"image_token_id {image_token_id} is outside the vocabulary of {vocab_size} rows")
@@ -215,7 +216,7 @@ def original_config(original: dict[str, Any], vision_config: CLIPVisionConfig, i
         pooling=pooling,
         # The original pools 2 x 2 patches (2d) or 4 in a row (1d) into one token.
         tokens_per_image=patches if pooling == "none" else patches // 4,
-        dtype=original.get("torch_dtype", "float32"),
+        dtype=original.get("dtype") or original.get("torch_dtype") or "float32",  # renamed in transformers 5
     )
 
 

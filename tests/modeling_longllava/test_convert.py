@@ -59,7 +59,16 @@ SMALL_TOWER = {
     "patch_size": 14,
     "projection_dim": 16,
 }
-CLIP_L = CLIPVisionConfig(**convert.KNOWN_TOWERS[KNOWN_TOWER])
+# As its authors publish it: ViT-L/14 at 336 pixels.
+CLIP_L = CLIPVisionConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+    projection_dim=768,
+)
 
 
 def original_settings(**changes: Any) -> dict[str, Any]:
@@ -424,7 +433,8 @@ def test_absolute_tower_path_is_refused_even_if_it_exists(small_checkpoint, tmp_
 
 
 def test_known_tower_needs_no_folder(small_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setitem(convert.KNOWN_TOWERS, KNOWN_TOWER, SMALL_TOWER)
+    assert convert.KNOWN_TOWERS[KNOWN_TOWER].to_dict() == CLIP_L.to_dict()
+    monkeypatch.setitem(convert.KNOWN_TOWERS, KNOWN_TOWER, CLIPVisionConfig(**SMALL_TOWER))
     source, _ = small_checkpoint(mm_vision_tower="/home/somebody/clip")
     shutil.rmtree(source / "clip")
     dst = convert_checkpoint(source, tmp_path / "converted", vision_tower=KNOWN_TOWER)
@@ -446,6 +456,38 @@ def test_known_tower_needs_no_folder(small_checkpoint, tmp_path, monkeypatch):
 def test_settings_without_a_place_are_refused(setting, value):
     with pytest.raises(ValueError, match=f"{setting} = {value!r}"):
         original_config(original_settings(**(FULL_SIZE | {setting: value})), CLIP_L, image_token_id=516)
+
+
+@pytest.mark.parametrize("missing", [["vocab_size"], ["num_experts"], ["vocab_size", "mm_vision_select_layer"]])
+def test_settings_that_cannot_be_guessed_are_named(missing):
+    settings = {key: value for key, value in original_settings(**FULL_SIZE).items() if key not in missing}
+    with pytest.raises(ValueError, match=f"config.json does not say {', '.join(missing)}$"):
+        original_config(settings, CLIP_L, image_token_id=516)
+
+
+@pytest.mark.parametrize("key", ["torch_dtype", "dtype", None])
+def test_dtype_has_two_names(key):
+    settings = original_settings(**FULL_SIZE)
+    del settings["torch_dtype"]
+    settings |= {key: "float16"} if key else {}
+    expected = torch.float16 if key else torch.float32
+    assert original_config(settings, CLIP_L, image_token_id=516).dtype == expected
+
+
+def test_image_token_is_not_generated(small_checkpoint, tmp_path):
+    """A head that answers every question with `<image>`: the converted generation_config.json says no."""
+    source, _ = small_checkpoint()
+    model = load(convert_checkpoint(source, tmp_path / "converted"))
+    assert model.generation_config.suppress_tokens == [3]
+    question = torch.tensor([[1, 50, 60]])
+    with torch.no_grad():
+        last = model.model(input_ids=question).last_hidden_state[0, -1]
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[3] = last
+    options = {"max_new_tokens": 1, "do_sample": False}
+    assert model.generate(question, **options)[0, -1] != 3
+    model.generation_config.suppress_tokens = None
+    assert model.generate(question, **options)[0, -1] == 3
 
 
 def test_not_a_checkpoint(tmp_path):
