@@ -47,7 +47,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_config() -> LongLlavaConfig:
-    """A LongLLaVA of about 1.9 million parameters: every part of the large one, one attention layer to seven Mamba."""
+    """A LongLLaVA of 1.76 million parameters: every part of the large one, one attention layer to seven Mamba."""
     vision = {
         "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
         "image_size": SIDE, "patch_size": PATCH, "projection_dim": 128,
