@@ -1,13 +1,11 @@
 """How well a model answers the pocket tasks on digits that it never saw.
 
-    longllava evaluate pocket                    # the shipped model, all tasks, test digits
-    python -m longllava.evaluation.pocket        # the same
+    longllava evaluate pocket    # the shipped model, all tasks, test digits
 
 Every answer goes the whole real way: processor, `generate`, decoding, and a comparison with the exact right answer.
 """
 
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,6 @@ from tqdm import tqdm
 from longllava.evaluation.pocket_tasks import MAX_ORDER, make_row
 from longllava.modeling_longllava import LongLlavaForConditionalGeneration
 from longllava.processing import LongLlavaProcessor
-
-logger = logging.getLogger(__name__)
 
 TASKS: tuple[tuple[str, int], ...] = (  # task and number of pictures or frames
     ("read", 1),
@@ -110,7 +106,7 @@ def evaluate_pocket(
 
 
 def write_examples(folder: str | Path, seed: int = 0) -> dict[str, tuple[str, str]]:
-    """Pictures, a video and a big sheet of test digits as files, for demonstrations.
+    """Pictures, a video and a big sheet of test digits as files: what `spaces_demo/examples` holds.
 
     Writes `picture_1.png` to `picture_4.png` (one of them in a red frame), `video.mp4` (16 frames, one per second) and
     `sheet.png` into `folder`.
@@ -142,9 +138,3 @@ def write_video(path: Path, frames: list[Image.Image], fps: int = 1) -> None:
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_image(frame)))
         container.mux(stream.encode())
-
-
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    named = sys.argv[1] if len(sys.argv) > 1 else "spaces_demo/pocket"
-    logger.info("%s", table(evaluate_pocket(named), 200))

@@ -53,21 +53,48 @@ def build_dataset(mixture: Mixture, rows: int) -> Dataset:
     return Dataset.from_dict({"index": range(rows)}).with_transform(draw)
 
 
+def fill_pictures(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The messages of a row, whose blocks `{"type": "image"}` get the pictures of the column `images`, in order.
+
+    A row whose blocks hold their pictures themselves stays as it is. Keys that a table fills with None are left out.
+
+    Raises:
+        ValueError: there are not as many pictures as blocks that wait for one.
+    """
+    messages = []
+    for message in row["messages"]:
+        content = message["content"]
+        if not isinstance(content, str):
+            content = [{key: value for key, value in block.items() if value is not None} for block in content]
+        messages.append({**message, "content": content})
+    blocks = [block for message in messages for block in message["content"] if isinstance(block, dict)]
+    waiting = [block for block in blocks if block == {"type": "image"}]
+    pictures = list(row.get("images") or [])
+    if waiting and len(waiting) != len(pictures):
+        raise ValueError(f"a row has {len(waiting)} image blocks, but {len(pictures)} images")
+    for block, picture in zip(waiting, pictures, strict=False):
+        block["image"] = picture
+    return messages
+
+
 class Collator:
-    """Rows -> model inputs with labels, by the protocol's rule for answers and their ends."""
+    """Rows -> model inputs with labels, by the protocol's rule for answers and their ends.
+
+    A row has `messages`, with pictures inside or in a column `images`, and if it likes `sub_images`.
+    """
 
     def __init__(self, processor: LongLlavaProcessor):
         self.processor = processor
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         inputs = self.processor.apply_chat_template(
-            [row["messages"] for row in rows],
+            [fill_pictures(row) for row in rows],
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
             return_assistant_tokens_mask=True,
             padding_side="right",
-            sub_images=[row["sub_images"] for row in rows],
+            sub_images=[bool(row.get("sub_images")) for row in rows],
         )
         labels = self.processor.build_labels(inputs["input_ids"], inputs.pop("assistant_masks"))
         return {**inputs, "labels": labels}

@@ -83,7 +83,10 @@ def build_pocket(folder: Path) -> None:
     """Write configuration, tokenizer and processor, but no weights, into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     build_config().save_pretrained(folder)
-    GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2, max_new_tokens=64).save_pretrained(folder)
+    generation = GenerationConfig(
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, max_new_tokens=64, do_sample=False, suppress_tokens=[3]
+    )  # an image token that the model wrote itself would have no picture
+    generation.save_pretrained(folder)
     build_processor().save_pretrained(folder)
 
 

@@ -3,7 +3,8 @@
     python -m longllava.trainers.sft --config recipes/pocket_1_align.yaml
 
 Every stage is this file with another YAML; anything on the command line wins over the YAML, for example
-`--max_steps 100 --output_dir /tmp/try`. A run that was stopped goes on with `--resume_from_checkpoint true`.
+`--max_steps 100 --output_dir runs/try`. A run that was stopped goes on with `--resume_from_checkpoint true`. Rows are
+never cut, so that no picture is: there is no `--max_length`.
 """
 
 import logging
@@ -58,17 +59,22 @@ def main(args: list[str] | None = None) -> None:
         args: command-line arguments, `sys.argv[1:]` if None.
     """
     parser = TrlParser((ModelArguments, DataArguments, SFTConfig))
+    # What a recipe need not say: the rows are drawn at random already, in groups of one batch, so they are taken in
+    # order; and labels are made by our collator from whole conversations, so nothing may be cut or renamed on the way.
+    parser.set_defaults(train_sampling_strategy="sequential", remove_unused_columns=False, max_length=None)
     model_arguments, data_arguments, config = parser.parse_args_and_config(args)
+    if config.max_steps < 1:
+        raise ValueError(f"max_steps is {config.max_steps}, but a recipe says how many steps it takes, at least 1")
+    if config.max_length is not None:
+        raise ValueError(f"max_length is {config.max_length}, but rows are never cut: leave it out")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     set_seed(config.seed)
     model, processor = load_model(model_arguments)
     logger.info("\n%s", parameter_table(model))
 
-    # the rows are drawn at random already, in groups of one batch, so they are taken in order; and the labels are
-    # made by our collator from whole conversations, so nothing may be cut or renamed on the way
-    config.train_sampling_strategy, config.remove_unused_columns, config.max_length = "sequential", False, None
     mixture = Mixture(data_arguments.mixture, config.seed, config.per_device_train_batch_size)
-    rows = config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
+    batches = config.max_steps * config.gradient_accumulation_steps * config.world_size
+    rows = batches * config.per_device_train_batch_size
     trainer = Trainer(
         model=model,
         args=config,

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import Dataset, Features, Image, List, Value
 
 pytest.importorskip("sklearn")
 pytest.importorskip("trl")
@@ -115,6 +116,35 @@ def test_sheets_and_pictures_share_a_batch(folder: Path) -> None:
     batch = Collator(processor)([make_row("sheet", "train", 0, 0), make_row("count", "train", 0, 0, 2)])
     pictures = (batch["input_ids"] == processor.image_token_id).sum(dim=1) // 4
     assert pictures.tolist() == [13, 2] and len(batch["pixel_values"]) == 15
+
+
+def test_rows_with_their_pictures_in_a_column(folder: Path) -> None:
+    """The form that TRL's users have: placeholders in the messages, pictures beside them, stored by `datasets`."""
+    collate = Collator(LongLlavaProcessor.from_pretrained(folder))
+    inside = [make_row("count", "train", 0, index, 2) for index in range(4)]
+    column = []
+    for row in inside:
+        messages = []
+        for message in row["messages"]:
+            blocks = [{"type": block["type"], "text": block.get("text")} for block in message["content"]]
+            messages.append({"role": message["role"], "content": blocks})
+        column.append({"messages": messages, "images": row["images"]})
+    block = {"type": Value("string"), "text": Value("string")}
+    messages = List({"role": Value("string"), "content": List(block)})
+    table = Dataset.from_list(column, features=Features({"messages": messages, "images": List(Image())}))
+    expected, found = collate(inside), collate([table[index] for index in range(4)])
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    with pytest.raises(ValueError, match="2 image blocks, but 1 images"):
+        collate([{**column[0], "images": column[0]["images"][:1]}])
+
+
+@pytest.mark.parametrize(
+    "change, message", [({"max_steps": -1}, "max_steps is -1"), ({"max_length": 64}, "max_length is 64")]
+)
+def test_a_recipe_that_cannot_be_followed_is_refused(folder, tmp_path, change, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        sft.main(recipe(folder, tmp_path, **change))
 
 
 def test_rows_of_a_run_depend_on_their_number_only() -> None:

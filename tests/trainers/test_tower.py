@@ -14,10 +14,10 @@ from longllava.trainers.pocket import build_pocket
 from longllava.trainers.tower import NO_FRAME, NOTHING, draw_batch, train_tower
 
 
-def test_four_steps_write_a_whole_model(tmp_path: Path) -> None:
+def test_a_few_steps_learn_and_write_a_whole_model(tmp_path: Path) -> None:
     build_pocket(tmp_path / "start")
-    accuracy = train_tower(tmp_path / "start", tmp_path / "tower", steps=4)
-    assert 0 <= accuracy <= 1
+    accuracy = train_tower(tmp_path / "start", tmp_path / "tower", steps=60)
+    assert accuracy > 0.1  # digit and colour, or nothing and no frame: chance is near 2 %
     model = LongLlavaForConditionalGeneration.from_pretrained(tmp_path / "tower")
     projector = model.model.multi_modal_projector
     assert projector.linear_2.out_features == model.config.text_config.hidden_size  # not the reader's
