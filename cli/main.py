@@ -255,7 +255,7 @@ def evaluate_pocket(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Folder or Hub id. In a checkout: spaces_demo/pocket.")
     ] = None,
-    rows: Annotated[int, typer.Option(help="Questions of each task.", min=1)] = 200,
+    rows: Annotated[int, typer.Option(help="Questions of each task.", min=1)] = 1000,
     output: Annotated[Path | None, typer.Option(help="Also write the accuracies to this JSON file.")] = None,
 ) -> None:
     """Measure the pocket model on handwritten digits that it has never seen."""
