@@ -28,12 +28,18 @@ def shell_lines(command: str) -> list[str]:
 
 @pytest.mark.parametrize("index", range(len(blocks("python"))))
 def test_python_block_runs(index: int) -> None:
-    """Each block by itself in a clean process, from the root of the repository, as a reader would paste it."""
+    """Each block by itself in a clean process, from the root of the repository, as a reader would paste it.
+
+    Where its last line promises an output (`print(...)  # 8`), that is what it prints.
+    """
     result = subprocess.run(
         [sys.executable, "-c", blocks("python")[index]], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip(), "the block prints nothing"
+    _, comment, promised = blocks("python")[index].splitlines()[-1].partition("  # ")
+    if comment:
+        assert result.stdout.strip() == promised
 
 
 def test_there_is_python_and_shell() -> None:
