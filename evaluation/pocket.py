@@ -105,7 +105,7 @@ def evaluate_pocket(
     return accuracies
 
 
-def write_examples(folder: str | Path, seed: int = 0) -> dict[str, tuple[str, str]]:
+def write_examples(folder: str | Path, seed: int = 14) -> dict[str, tuple[str, str]]:
     """Pictures, a video and a big sheet of test digits as files: what `spaces_demo/examples` holds.
 
     Writes `picture_1.png` to `picture_4.png` (one of them in a red frame), `video.mp4` (16 frames, one per second) and
