@@ -3,9 +3,9 @@
 # ruff: noqa: E402
 import os
 
-# Read when torch loads its threads, so it comes first: threads that spin while they wait take the cores from each
-# other as soon as anything else runs on the machine, and the measurement becomes one of the other program.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read when torch loads its threads, so it comes first. Threads of libgomp spin while they wait, by default for so long
+# that they take the cores from each other as soon as anything else runs on the machine; this is about 30 microseconds.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import json
 import statistics
@@ -109,44 +109,45 @@ def scan(
     length: Annotated[int, typer.Option(help="Tokens of the row.")] = 8192,
     states: Annotated[int, typer.Option(help="States per channel.")] = 16,
     repeats: Annotated[int, typer.Option(help="Timed pairs; the median is shown.")] = 5,
-    train: Annotated[bool, typer.Option(help="Also measure forward and backward together.")] = True,
+    train_length: Annotated[
+        int,
+        typer.Option(help="Tokens for forward and backward; the peer takes quadratic time. 0: leave out."),
+    ] = 256,
     output: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """Our selective scan next to the one of transformers, float32 on the CPU: time in pairs, and peak memory."""
-    figures = {
-        "channels": channels,
-        "length": length,
-        "states": states,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    inputs = scan_inputs(channels, length, states)
-    for mode in ["forward", "training"] if train else ["forward"]:
+    figures = {"channels": channels, "states": states, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    for mode, tokens in {"forward": length, "training": train_length}.items():
+        if tokens == 0:
+            continue
+        for name in SCANS:
+            _run(name, scan_inputs(channels, 64, states), train=mode == "training")  # warms up
+        inputs = scan_inputs(channels, tokens, states)
         seconds: dict[str, list[float]] = {name: [] for name in SCANS}
         error = 0.0
-        # A first pair warms up; then ours and theirs in turn, so that both see the same machine.
-        for repeat in tqdm(range(repeats + 1), desc=mode, file=sys.stderr):
+        # Ours and theirs in turn, so that both see the same machine.
+        for _ in tqdm(range(repeats), desc=mode, file=sys.stderr):
             results = {}
             for name in SCANS:
                 start = time.perf_counter()
                 results[name] = _run(name, inputs, train=mode == "training")
-                if repeat:
-                    seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(time.perf_counter() - start)
             for ours, theirs in zip(*results.values(), strict=True):
                 error = max(error, ((ours - theirs).abs().max() / theirs.abs().max()).item())
         memory = {}
         for name in SCANS:
             command = [sys.executable, "-m", "longllava.evaluation.efficiency", "scan-memory", name]
-            command += [str(channels), str(length), str(states)] + (["--train"] if mode == "training" else [])
+            command += [str(channels), str(tokens), str(states)] + (["--train"] if mode == "training" else [])
             memory[name] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         ratio = statistics.median(t / o for o, t in zip(seconds["longllava"], seconds["transformers"], strict=True))
         figures[mode] = {
+            "length": tokens,
             "seconds": {name: statistics.median(times) for name, times in seconds.items()},
             "megabytes_beyond_inputs_and_outputs": {name: value / 1e6 for name, value in memory.items()},
             "times_faster": ratio,
             "largest_relative_difference": error,
         }
-        typer.echo(f"{mode}, 1 x {channels} channels x {length} tokens x {states} states, float32, CPU")
+        typer.echo(f"{mode}, 1 x {channels} channels x {tokens} tokens x {states} states, float32, CPU")
         for name in SCANS:
             typer.echo(f"  {name:<14}{statistics.median(seconds[name]):9.3f} s{memory[name] / 1e6:10.0f} MB")
         typer.echo(f"  {ratio:.1f} times faster; largest relative difference {error:.1e}")

@@ -11,7 +11,7 @@ from longllava.evaluation.efficiency import app
 
 def test_scan_measures_both_and_they_agree(tmp_path: Path) -> None:
     output = tmp_path / "scan.json"
-    small = ["--channels", "32", "--length", "64", "--states", "4", "--repeats", "1"]
+    small = ["--channels", "32", "--length", "64", "--train-length", "32", "--states", "4", "--repeats", "1"]
     result = CliRunner().invoke(app, ["scan", *small, "--output", str(output)])
     assert result.exit_code == 0, result.output
     figures = json.loads(output.read_text())
