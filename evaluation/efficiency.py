@@ -4,7 +4,7 @@
 import os
 
 # Read when torch loads its threads, so it comes first. Threads of libgomp spin while they wait, by default for so long
-# that they take the cores from each other as soon as anything else runs on the machine; this is about 30 microseconds.
+# that they take the cores from each other as soon as anything else runs on the machine. This is much shorter.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import json

@@ -123,7 +123,7 @@ class CausalConv1d(nn.Conv1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, K - 1 + L, C) -> (B, L, C): the first K - 1 steps are context only."""
-        # As a picture of height 1 the input keeps channels last in memory, which is twice as fast on a CPU.
+        # As a picture of height 1 the input keeps channels last in memory: 1.5 times as fast on a CPU.
         y = F.conv2d(x.transpose(1, 2).unsqueeze(2), self.weight.unsqueeze(2), self.bias, groups=self.groups)
         return y.squeeze(2).transpose(1, 2)
 
