@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForMultimodalLM,
 )
 
+from .cache import LongLlavaCache
 from .configuration_longllava import LongLlavaConfig
 from .modeling_longllava import LongLlavaForConditionalGeneration, LongLlavaModel, LongLlavaPreTrainedModel
 from .selective_scan import selective_scan, selective_scan_backend, selective_scan_ref
@@ -17,6 +18,7 @@ for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimoda
     auto_class.register(LongLlavaConfig, LongLlavaForConditionalGeneration)
 
 __all__ = [
+    "LongLlavaCache",
     "LongLlavaConfig",
     "LongLlavaForConditionalGeneration",
     "LongLlavaModel",

@@ -34,6 +34,9 @@ class LongLlavaConfig(PreTrainedConfig):
         tokens_per_image (`int`, *optional*, defaults to 144): tokens of a picture without an `image_grid_hw`.
         projector_hidden_act (`str`, *optional*, defaults to `"gelu"`): activation between the projector's two layers.
         vision_batch_size (`int`, *optional*, defaults to 32): pictures the vision tower encodes at a time.
+        prefill_chunk_size (`int`, *optional*, defaults to 8192): tokens that go through the language model at a time
+            where a cache is filled and no gradient is needed; memory beside the cache grows with this number, not with
+            the prompt.
 
     Raises:
         ValueError: if `tokens_per_image` does not fit the patch grid, or an id or layer is out of range.
@@ -51,6 +54,7 @@ class LongLlavaConfig(PreTrainedConfig):
     tokens_per_image: int = 144
     projector_hidden_act: str = "gelu"
     vision_batch_size: int = 32
+    prefill_chunk_size: int = 8192
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -113,8 +117,9 @@ class LongLlavaConfig(PreTrainedConfig):
         layers = self.vision_config.num_hidden_layers
         if not -layers - 1 <= self.vision_feature_layer <= layers:
             raise ValueError(f"vision_feature_layer is {self.vision_feature_layer}, but the tower has {layers} layers")
-        if self.vision_batch_size < 1:
-            raise ValueError(f"vision_batch_size is {self.vision_batch_size}, but must be at least 1")
+        for name in ("vision_batch_size", "prefill_chunk_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
 
 
 __all__ = ["LongLlavaConfig"]

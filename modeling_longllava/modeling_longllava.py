@@ -8,16 +8,19 @@ Key to the shapes:
     C  inner channels of a Mamba layer                           K  width of its convolution (4)
 """
 
+import copy
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     MoeCausalLMOutputWithPast,
@@ -30,13 +33,20 @@ from transformers.models.jamba.modeling_jamba import (
 )
 from transformers.utils import can_return_tuple
 
+from .attention import NAME as LONGLLAVA_SDPA
+from .attention import Visible
+from .cache import LongLlavaCache
 from .configuration_longllava import LongLlavaConfig
 from .selective_scan import selective_scan
 
 
 @dataclass
 class LongLlavaModelOutputWithPast(MoeModelOutputWithPast):
-    """Output of [`LongLlavaModel`]; `image_hidden_states` is a tuple of N tensors `(rows * columns, H)`."""
+    """Output of [`LongLlavaModel`].
+
+    `image_hidden_states` is a tuple of N tensors `(rows * columns, H)`; None where the input was taken in pieces,
+    since each forgets its pictures.
+    """
 
     image_hidden_states: tuple[Tensor, ...] | None = None
 
@@ -102,6 +112,25 @@ def pictures_by_row(is_image: Tensor, tokens: list[int]) -> list[list[int]]:
     if first < len(tokens):
         raise ValueError(f"There are {len(tokens)} pictures, but the input has image tokens of {first}")
     return by_row
+
+
+def select_pictures(pictures: Tensor | Iterable[Tensor], indices: list[int]) -> Tensor | Iterable[Tensor]:
+    """The pictures at `indices`: of a tensor (N, 3, S, S), of a sequence, or of an iterator in rising order.
+
+    Raises:
+        ValueError: if an iterator would have to give a picture twice or go back.
+    """
+    if isinstance(pictures, list | tuple):
+        return [pictures[index] for index in indices]
+    if hasattr(pictures, "__getitem__"):
+        return pictures[indices]
+    if any(b <= a for a, b in zip(indices, indices[1:], strict=False)):
+        raise ValueError(
+            f"pixel_values is a {type(pictures).__name__}, which gives every picture once and in order; several rows "
+            "in pieces, beams and several answers need a tensor or a sequence"
+        )
+    wanted = set(indices)
+    return (picture for index, picture in enumerate(pictures) if index in wanted)
 
 
 class LongLlavaMultiModalProjector(nn.Module):
@@ -221,6 +250,8 @@ class LongLlavaModel(LongLlavaPreTrainedModel):
 
     def __init__(self, config: LongLlavaConfig):
         super().__init__(config)
+        if config.text_config._attn_implementation in (None, "sdpa"):  # None is transformers' "sdpa"
+            config.text_config._attn_implementation = LONGLLAVA_SDPA
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = LongLlavaMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
@@ -239,12 +270,13 @@ class LongLlavaModel(LongLlavaPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def get_image_features(
-        self, pixel_values: Tensor, image_grid_hw: Tensor | None = None
+        self, pixel_values: Tensor | Iterable[Tensor], image_grid_hw: Tensor | None = None
     ) -> BaseModelOutputWithPooling:
         """Encode, pool and project pictures, `config.vision_batch_size` of them at a time.
 
         Args:
-            pixel_values (`Tensor` of shape `(N, 3, S, S)`): pictures; they may lie on another device than the model.
+            pixel_values (`Tensor` of shape `(N, 3, S, S)`, or iterable of N tensors `(3, S, S)`): pictures; they may
+                lie on another device than the model.
             image_grid_hw (`Tensor` of shape `(N, 2)`, *optional*): rows and columns of tokens of each picture;
                 `config.image_grid` for all where it is missing.
 
@@ -254,23 +286,43 @@ class LongLlavaModel(LongLlavaPreTrainedModel):
         Raises:
             ValueError: if there are not as many grids as pictures, or a grid does not divide the patches.
         """
-        count = pixel_values.shape[0]
-        grids = (
-            [self.config.image_grid] * count if image_grid_hw is None else [tuple(g) for g in image_grid_hw.tolist()]
-        )
-        if len(grids) != count:
-            raise ValueError(f"image_grid_hw has {len(grids)} rows, but pixel_values has {count} pictures")
+        if image_grid_hw is None and not hasattr(pixel_values, "__len__"):
+            pixel_values = torch.stack(list(pixel_values))
+        grids = self._grids(pixel_values, image_grid_hw)
+        return BaseModelOutputWithPooling(pooler_output=tuple(self._features(iter(pixel_values), grids)))
+
+    def _grids(
+        self, pixel_values: Tensor | Iterable[Tensor], image_grid_hw: Tensor | None, tokens: int = 0
+    ) -> list[tuple[int, int]]:
+        """Rows and columns of tokens of each picture; an iterator without grids has pictures for all `tokens`."""
+        count = len(pixel_values) if hasattr(pixel_values, "__len__") else None
+        if image_grid_hw is None:
+            rows, columns = self.config.image_grid
+            return [(rows, columns)] * (-(-tokens // (rows * columns)) if count is None else count)
+        if count not in (None, len(image_grid_hw)):
+            raise ValueError(f"image_grid_hw has {len(image_grid_hw)} rows, but pixel_values has {count} pictures")
+        grids = [(rows, columns) for rows, columns in image_grid_hw.tolist()]
+        for rows, columns in grids:
+            if rows < 1 or columns < 1:
+                raise ValueError(f"A picture cannot have {rows} x {columns} tokens")
+        return grids
+
+    def _features(self, pictures: Iterator[Tensor], grids: list[tuple[int, int]]) -> list[Tensor]:
+        """Features (rows * columns, H) of the next `len(grids)` pictures (3, S, S)."""
         features: list[Tensor] = []
-        for start in range(0, count, self.config.vision_batch_size):
-            group = slice(start, start + self.config.vision_batch_size)
-            patches = self._encode(pixel_values[group])
+        for start in range(0, len(grids), self.config.vision_batch_size):
+            group = grids[start : start + self.config.vision_batch_size]
+            pixels = list(islice(pictures, len(group)))
+            if len(pixels) < len(group):
+                raise ValueError(f"pixel_values ended {len(grids) - start - len(pixels)} pictures before the input")
+            patches = self._encode(torch.stack(pixels))
             first = 0
-            for (rows, columns), same in groupby(grids[group]):
+            for (rows, columns), same in groupby(group):
                 stop = first + len(list(same))
                 pooled = pool_patches(patches[first:stop], rows, columns, self.config.pooling)
                 features.extend(self.multi_modal_projector(pooled).unbind(0))
                 first = stop
-        return BaseModelOutputWithPooling(pooler_output=tuple(features))
+        return features
 
     def _encode(self, pixel_values: Tensor) -> Tensor:
         """(N, 3, S, S) -> (N, P * P, V). Only the layers that are read are run, and only one hidden state is held."""
@@ -296,28 +348,99 @@ class LongLlavaModel(LongLlavaPreTrainedModel):
             return torch.eq(input_ids, token)
         raise ValueError("One of input_ids and inputs_embeds is needed")
 
-    def _merge(self, inputs_embeds: Tensor, is_image: Tensor, features: tuple[Tensor, ...]) -> Tensor:
-        """Put the features of the pictures where `is_image` (B, L) holds."""
-        pictures_by_row(is_image, [len(f) for f in features])  # an error unless they fit, row by row
-        if not features:
-            return inputs_embeds
-        merged = torch.cat(features).to(inputs_embeds.device, inputs_embeds.dtype)
-        return inputs_embeds.masked_scatter(is_image[..., None], merged)
+    def _features_by_piece(
+        self,
+        pixel_values: Tensor | Iterable[Tensor],
+        grids: list[tuple[int, int]],
+        is_image: Tensor,
+        pieces: list[slice],
+    ) -> Iterator[list[Tensor]]:
+        """For each piece of the rows the features of its image tokens (B, L), row by row; pictures are read just then.
+
+        A picture that two pieces share is encoded once, with the first of them.
+        """
+        tokens = [rows * columns for rows, columns in grids]
+        waiting = [list(reversed(row)) for row in pictures_by_row(is_image, tokens)]  # an error unless they fit
+        counts = torch.stack([is_image[:, piece].sum(1) for piece in pieces]).tolist()  # (pieces, B)
+        plans, left = [], [0] * len(waiting)  # tokens of the newest picture of a row that its last piece left over
+        for piece in counts:
+            plan: list[list[int]] = []
+            for row, count in enumerate(piece):
+                plan.append([])
+                while left[row] < count:
+                    plan[row].append(waiting[row].pop())
+                    left[row] += tokens[plan[row][-1]]
+                left[row] -= count
+            plans.append(plan)
+        order = [picture for plan in plans for row in plan for picture in row]
+        pictures = iter(pixel_values if order == list(range(len(order))) else select_pictures(pixel_values, order))
+        rest: list[Tensor | None] = [None] * len(waiting)
+        for plan, piece in zip(plans, counts, strict=True):
+            new = iter(self._features(pictures, [grids[picture] for row in plan for picture in row]))
+            merged: list[Tensor] = []
+            for row, count in enumerate(piece):
+                own = [next(new) for _ in plan[row]]
+                if len(pieces) > 1 and (own or rest[row] is not None):
+                    joined = torch.cat(own if rest[row] is None else [rest[row], *own])
+                    own, rest[row] = [joined[:count]], joined[count:] if count < len(joined) else None
+                merged += own
+            yield merged
+
+    def _pieces(self, length: int, size: int, cache: Cache | None, kwargs: dict) -> list[slice]:
+        """The parts of an input of `length` tokens that are run one after the other."""
+        whole = (
+            cache is None
+            or torch.is_grad_enabled()
+            or any(kwargs.get(f"output_{name}") for name in ("hidden_states", "attentions", "router_logits"))
+        )
+        step = length if whole else size
+        return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+    def _masks(self, attention_mask: Tensor | None, cache: Cache | None, new: int) -> Tensor | dict | None:
+        """The mask of the next `new` tokens, in a form that does not grow with their number times that of the cache.
+
+        Args:
+            attention_mask (`Tensor` of shape `(B, cached + new)`, *optional*): 0 on padding.
+        """
+        text_config = self.config.text_config
+        if text_config._attn_implementation != LONGLLAVA_SDPA:
+            return attention_mask
+        total = new + (0 if cache is None else int(cache.get_seq_length()))
+        if attention_mask is None or bool(attention_mask.all()):
+            return {"full_attention": Visible(total, None), "linear_attention": None}
+        seen = attention_mask.bool()
+        first = seen.int().argmax(1)
+        behind = torch.arange(total, device=seen.device) >= first[:, None]
+        text = behind & seen
+        last = total - text.flip(1).int().argmax(1)
+        between = behind & (torch.arange(total, device=seen.device) < last[:, None]) & ~seen
+        if between.any():
+            return attention_mask  # padding between text: transformers makes a mask of all pairs
+        # Padding behind all text needs no mask: a causal token never sees it.
+        return {
+            "full_attention": Visible(total, tuple(first.tolist())),
+            "linear_attention": attention_mask[:, -new:],
+        }
 
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
-        pixel_values: Tensor | None = None,
+        pixel_values: Tensor | Iterable[Tensor] | None = None,
         image_grid_hw: Tensor | None = None,
         use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        prefill_chunk_size: int | None = None,
         **kwargs,
     ) -> LongLlavaModelOutputWithPast:
         """Run the pictures and the text through the whole model.
+
+        With a cache and without gradients a long input is taken in pieces: pictures are read and encoded, tokens
+        embedded and run, and nothing but the cache is kept. The memory beside the cache is then that of one piece.
 
         Args:
             input_ids (`Tensor` of shape `(B, L)`): token ids; each picture's placeholder is already repeated.
@@ -325,42 +448,75 @@ class LongLlavaModel(LongLlavaPreTrainedModel):
             past_key_values (`Cache`, *optional*): what came before; any number of new tokens may follow.
             inputs_embeds (`Tensor` of shape `(B, L, H)`, *optional*): instead of `input_ids`, with the embedding of
                 the image token where pictures belong.
-            pixel_values (`Tensor` of shape `(N, 3, S, S)`, *optional*): the pictures of these L tokens.
+            pixel_values (`Tensor` of shape `(N, 3, S, S)`, *optional*): the pictures of these L tokens, on any
+                device; or a sequence of tensors `(3, S, S)` that reads each when it is asked for; or an iterator of
+                them, for one row.
             image_grid_hw (`Tensor` of shape `(N, 2)`, *optional*): rows and columns of tokens of each picture.
+            logits_to_keep (`int` or `Tensor`): a number above 0 keeps only the hidden states of so many last tokens.
+            prefill_chunk_size (`int`, *optional*): tokens of a piece; `config.prefill_chunk_size` where it is missing.
 
         Raises:
             ValueError: if image tokens and features differ in number.
         """
-        if input_ids is not None and inputs_embeds is None:
-            embeds = self.get_input_embeddings()(input_ids)
-        elif inputs_embeds is not None and input_ids is None:
-            embeds = inputs_embeds
-        else:
+        if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of input_ids and inputs_embeds is needed")
+        size = self.config.prefill_chunk_size if prefill_chunk_size is None else prefill_chunk_size
+        if size < 1:
+            raise ValueError(f"prefill_chunk_size is {size}, but must be at least 1")
+        source = inputs_embeds if input_ids is None else input_ids
+        length = source.shape[1]
+        if use_cache is None:
+            use_cache = self.config.text_config.use_cache
+        if use_cache and past_key_values is None and not torch.is_grad_enabled():
+            past_key_values = LongLlavaCache(self.config)
 
-        features = None
+        pieces = self._pieces(length, size, None if isinstance(attention_mask, dict) else past_key_values, kwargs)
+        is_image = None
+        # One token alone was sampled by the model itself, and may be anything in the vocabulary.
+        if pixel_values is not None or (input_ids is not None and length > 1):
+            is_image = self.is_image_token(input_ids, inputs_embeds)
         if pixel_values is not None:
-            features = self.get_image_features(pixel_values, image_grid_hw).pooler_output
-            embeds = self._merge(embeds, self.is_image_token(input_ids, inputs_embeds), features)
-        elif input_ids is not None and input_ids.shape[1] > 1:
-            # One token alone was sampled by the model itself, and may be anything in the vocabulary.
-            embeds = self._merge(embeds, self.is_image_token(input_ids, None), ())
+            grids = self._grids(pixel_values, image_grid_hw, int(is_image.sum()))
+            by_piece = self._features_by_piece(pixel_values, grids, is_image, pieces)
+        elif is_image is not None:
+            pictures_by_row(is_image, [])  # an error if there is an image token
+        if not isinstance(attention_mask, dict):
+            # A number, not the counter of a static cache, which goes on while the pieces run.
+            cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if len(pieces) > 1 and isinstance(past_key_values, LongLlavaCache):
+            past_key_values.reserve(cached + length + length // 16)  # and an answer
 
-        outputs = self.language_model(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        hidden, features = [], None
+        keep = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep > 0 else length
+        for piece in pieces:
+            embeds = source[:, piece] if input_ids is None else self.get_input_embeddings()(input_ids[:, piece])
+            if pixel_values is not None:
+                features = next(by_piece)
+                if features:
+                    merged = torch.cat(features).to(embeds.device, embeds.dtype)
+                    embeds = embeds.masked_scatter(is_image[:, piece, None], merged)
+            masks = attention_mask
+            if not isinstance(attention_mask, dict):
+                seen = None if attention_mask is None else attention_mask[:, : cached + piece.stop]
+                masks = self._masks(seen, past_key_values, embeds.shape[1])
+            outputs = self.language_model(
+                inputs_embeds=embeds,
+                attention_mask=masks,
+                position_ids=None if position_ids is None else position_ids[..., piece],
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            first = max(length - keep - piece.start, 0)
+            if first < embeds.shape[1]:
+                hidden.append(outputs.last_hidden_state[:, first:])
         return LongLlavaModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
+            last_hidden_state=hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=1),
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
-            image_hidden_states=features,
+            image_hidden_states=None if features is None or len(pieces) > 1 else tuple(features),
         )
 
 
@@ -397,7 +553,7 @@ class LongLlavaForConditionalGeneration(LongLlavaPreTrainedModel, GenerationMixi
         return self.lm_head
 
     def get_image_features(
-        self, pixel_values: Tensor, image_grid_hw: Tensor | None = None
+        self, pixel_values: Tensor | Iterable[Tensor], image_grid_hw: Tensor | None = None
     ) -> BaseModelOutputWithPooling:
         """See [`LongLlavaModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, image_grid_hw)
@@ -406,11 +562,11 @@ class LongLlavaForConditionalGeneration(LongLlavaPreTrainedModel, GenerationMixi
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
-        pixel_values: Tensor | None = None,
+        pixel_values: Tensor | Iterable[Tensor] | None = None,
         image_grid_hw: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -442,6 +598,7 @@ class LongLlavaForConditionalGeneration(LongLlavaPreTrainedModel, GenerationMixi
             image_grid_hw=image_grid_hw,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
+            logits_to_keep=logits_to_keep,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -452,7 +609,7 @@ class LongLlavaForConditionalGeneration(LongLlavaPreTrainedModel, GenerationMixi
             loss = self.loss_function(logits, labels, text_config.vocab_size, **kwargs)
         if output_router_logits and outputs.router_logits:  # a dense model has none
             # The mask of a cached step is as long as the cache, and a prepared one has no padding to leave out.
-            length = outputs.last_hidden_state.shape[1]
+            length = (inputs_embeds if input_ids is None else input_ids).shape[1]
             mask = attention_mask[:, -length:] if isinstance(attention_mask, Tensor) else None
             aux_loss = load_balancing_loss_func(
                 outputs.router_logits, text_config.num_experts, text_config.num_experts_per_tok, mask
@@ -476,7 +633,7 @@ class LongLlavaForConditionalGeneration(LongLlavaPreTrainedModel, GenerationMixi
         next_sequence_length: int | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        pixel_values: Tensor | None = None,
+        pixel_values: Tensor | Iterable[Tensor] | None = None,
         image_grid_hw: Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs,
@@ -501,7 +658,7 @@ class LongLlavaForConditionalGeneration(LongLlavaPreTrainedModel, GenerationMixi
             return inputs
         is_image = self.model.is_image_token(input_ids, inputs_embeds)
         if next_sequence_length is not None and next_sequence_length < is_image.shape[1]:
-            tokens = self._picture_tokens(pixel_values, image_grid_hw)
+            tokens = self._picture_tokens(pixel_values, image_grid_hw, is_image)
             cached = is_image[:, :-next_sequence_length].sum(1).tolist()
             new = []
             for row, (pictures, seen) in enumerate(zip(pictures_by_row(is_image, tokens), cached, strict=True)):
@@ -516,16 +673,45 @@ class LongLlavaForConditionalGeneration(LongLlavaPreTrainedModel, GenerationMixi
                     seen = max(seen - tokens[picture], 0)
             if not new:
                 return inputs
-            pixel_values = pixel_values[new]
+            pixel_values = select_pictures(pixel_values, new)
             image_grid_hw = None if image_grid_hw is None else image_grid_hw[new]
         return inputs | {"pixel_values": pixel_values, "image_grid_hw": image_grid_hw}
 
-    def _picture_tokens(self, pixel_values: Tensor, image_grid_hw: Tensor | None) -> list[int]:
+    def _picture_tokens(
+        self, pixel_values: Tensor | Iterable[Tensor], image_grid_hw: Tensor | None, is_image: Tensor
+    ) -> list[int]:
         """Tokens of each picture."""
-        if image_grid_hw is not None:
-            return image_grid_hw.prod(-1).tolist()
-        rows, columns = self.config.image_grid
-        return [rows * columns] * pixel_values.shape[0]
+        return [
+            rows * columns for rows, columns in self.model._grids(pixel_values, image_grid_hw, int(is_image.sum()))
+        ]
+
+    @staticmethod
+    def create_masks_for_generate(
+        inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs
+    ) -> Tensor | dict | None:
+        """What `generate` hands to the forward pass beside a static cache: a mask prepared for one token only.
+
+        That step is compiled. More tokens get their masks piece by piece in [`LongLlavaModel.forward`].
+        """
+        if inputs_embeds.shape[1] > 1:
+            return attention_mask
+        return create_masks_for_generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config: GenerationConfig, model_kwargs: dict, *args, **kwargs):
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if type(cache) is DynamicCache and not cache.is_initialized:
+            offloading = generation_config.cache_implementation == "offloaded"
+            model_kwargs["past_key_values"] = LongLlavaCache(self.config, offloading=offloading)
+
+    def _prefill(self, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict, *args, **kwargs):
+        """`generate`'s own way of taking a prompt in pieces knows nothing of pictures: the forward pass does it."""
+        size = generation_config.prefill_chunk_size
+        if size is not None:
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = None
+            model_kwargs = model_kwargs | {"prefill_chunk_size": size}
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs
@@ -535,9 +721,9 @@ class LongLlavaForConditionalGeneration(LongLlavaPreTrainedModel, GenerationMixi
         image_grid_hw = model_kwargs.pop("image_grid_hw", None)
         if pixel_values is not None and expand_size > 1:
             is_image = self.model.is_image_token(input_ids, model_kwargs.get("inputs_embeds"))
-            by_row = pictures_by_row(is_image, self._picture_tokens(pixel_values, image_grid_hw))
+            by_row = pictures_by_row(is_image, self._picture_tokens(pixel_values, image_grid_hw, is_image))
             order = [picture for pictures in by_row for _ in range(expand_size) for picture in pictures]
-            pixel_values = pixel_values[order]
+            pixel_values = select_pictures(pixel_values, order)
             image_grid_hw = None if image_grid_hw is None else image_grid_hw[order]
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs

@@ -19,7 +19,14 @@ from safetensors.torch import load_file, save_file
 from longllava.modeling_longllava import LongLlavaForConditionalGeneration
 from longllava.modeling_longllava.hub import export_model
 
-CODE = {"configuration_longllava.py", "modeling_longllava.py", "selective_scan.py", "processing_longllava.py"}
+CODE = {
+    "attention.py",
+    "cache.py",
+    "configuration_longllava.py",
+    "modeling_longllava.py",
+    "selective_scan.py",
+    "processing_longllava.py",
+}
 FILES = CODE | {
     "config.json",
     "generation_config.json",

@@ -450,7 +450,10 @@ def test_time_steps_begin_where_a_state_lasts(tiny_model):
         ({"pixel_values": None, "image_grid_hw": None}, "21 image tokens.* 0 pictures give 0"),
         ({"input_ids": row(10, [])}, "3 pictures, .* image tokens of 0"),
         ({"image_grid_hw": torch.tensor([[2, 2], [0, 1], [4, 4]])}, "0 x 1 tokens"),
-        ({"image_grid_hw": torch.tensor([[3, 2], [1, 1], [4, 4]])}, "4 x 4 patches cannot be pooled to 3 x 2"),
+        (
+            {"input_ids": row(60, [(5, 6), (20, 17)]), "image_grid_hw": torch.tensor([[3, 2], [1, 1], [4, 4]])},
+            "4 x 4 patches cannot be pooled to 3 x 2",
+        ),
         ({"input_ids": None}, "input_ids and inputs_embeds"),
     ],
 )
