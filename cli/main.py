@@ -267,6 +267,108 @@ def evaluate_pocket(
     typer.echo(pocket.table(accuracies, rows))
 
 
+def numbers(option: str, text: str, kind: type) -> list:
+    """The numbers of an option such as `100,200,300`."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"--{option} takes numbers with commas between them, not {text!r}") from None
+
+
+@evaluate_app.command("needle")
+@one_line_errors
+def evaluate_needle(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Folder or Hub id. In a checkout: spaces_demo/pocket.")
+    ] = None,
+    haystack: Annotated[
+        str | None,
+        typer.Option(
+            help="A video or a folder of pictures, sampled evenly. By default drawn digits.", metavar="MEDIA"
+        ),
+    ] = None,
+    needle: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A needle's picture, with a --question and an --answer; several times for several. Or one JSON file: "
+            "a list of objects with picture, question and answer. By default drawn digits in a red frame.",
+            metavar="PICTURE",
+        ),
+    ] = None,
+    question: Annotated[list[str] | None, typer.Option(help="What is asked about the needle.")] = None,
+    answer: Annotated[
+        list[str] | None, typer.Option(help="The right answer; case, spaces and the final dot do not count.")
+    ] = None,
+    lengths: Annotated[
+        str, typer.Option(help="Frames of the haystacks.")
+    ] = "100,200,300,400,500,600,700,800,900,1000,2000",
+    depths: Annotated[
+        str, typer.Option(help="Per cent of the frames before the needle.")
+    ] = "0,10,20,30,40,50,60,70,80,90,100",
+    trials: Annotated[
+        int | None, typer.Option(help="Answers in each cell. By default 16, or one for each --needle.", min=1)
+    ] = None,
+    tokens_per_frame: Annotated[
+        int | None, typer.Option(help="A square such as 144 or 36. By default the model's.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the answers, needle.json and needle.png.")] = Path(
+        "runs/needle"
+    ),
+    seed: Annotated[int, typer.Option(help="Of the drawn digits.", min=0)] = 2024,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1 ...")] = "auto",
+) -> None:
+    """Find a needle in a haystack of pictures, at every length and depth; draw the heat map.
+
+    What was answered is kept: the same command goes on where it was stopped.
+
+    longllava evaluate needle
+
+    longllava evaluate needle --haystack film.mp4 --needle cat.jpg --question "What is in the box?" --answer "A cat"
+    """
+    pictures, asked, expected = needle or [], question or [], answer or []
+    from_file = [picture for picture in pictures if picture.endswith(".json")]
+    if from_file and (len(pictures), len(asked), len(expected)) != (1, 0, 0):
+        raise typer.BadParameter(f"{from_file[0]} holds the needles: give no other --needle, --question or --answer")
+    if not from_file and not len(pictures) == len(asked) == len(expected):
+        raise typer.BadParameter(
+            f"{len(pictures)} --needle, {len(asked)} --question and {len(expected)} --answer: give as many of each"
+        )
+    frames, shares = numbers("lengths", lengths, int), numbers("depths", depths, float)
+    source = model_or_pocket(model)
+    with needing("eval"):
+        import torch
+
+        from longllava.evaluation import needle as needles
+        from longllava.modeling_longllava import LongLlavaForConditionalGeneration
+        from longllava.processing import LongLlavaProcessor
+    if from_file:
+        given = needles.read_needles(from_file[0])
+    else:
+        given = [needles.Needle(*parts) for parts in zip(pictures, asked, expected, strict=True)]
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with loading(source):
+        processor = LongLlavaProcessor.from_pretrained(source)
+        network = LongLlavaForConditionalGeneration.from_pretrained(source, dtype=dtype).to(device).eval()
+    with needing("eval"):
+        report = needles.evaluate_needle(
+            network,
+            processor,
+            output,
+            lengths=frames,
+            depths=shares,
+            haystack=haystack,
+            needles=given or None,
+            trials=trials,
+            tokens_per_frame=tokens_per_frame,
+            seed=seed,
+        )
+    typer.echo(needles.table(report))
+    typer.echo(f"written: {output / 'needle.json'}, {output / 'needle.png'}", err=True)
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
 )

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -44,6 +45,8 @@ def test_wrong_option_is_an_error_of_usage() -> None:
         (["chat", "gone.png", "-q", "What?", "-m", "also-gone"], "gone.png"),
         (["chat", "-q", "What?", "-m", "owner/gone"], "owner/gone"),
         (["evaluate", "pocket", "-m", "owner/gone"], "owner/gone"),
+        (["evaluate", "needle", "-m", "owner/gone"], "owner/gone"),
+        (["evaluate", "needle", "--needle", "gone.json"], "gone.json"),
         (["convert", "gone", "new"], "gone"),
         (["export", "gone", "new"], "gone"),
         (["push", "gone", "owner/name"], "gone"),
@@ -114,3 +117,61 @@ def test_evaluate_pocket_prints_a_table(tiny_folder: Path, tmp_path: Path, monke
     assert result.exit_code == 0, result.output
     assert "| read | 1 | 0.0% |" in result.stdout
     assert json.loads(output.read_text()) == {"rows": 2, "accuracy": {"read@1": 0.0}}
+
+
+@pytest.fixture
+def needle_settings(monkeypatch) -> dict[str, Any]:
+    """What `longllava evaluate needle` asks for: filled instead of a run, whose report has one right answer."""
+    from longllava.evaluation import needle
+
+    seen: dict[str, Any] = {}
+
+    def record(model: Any, processor: Any, output: Path, **settings: Any) -> dict[str, Any]:
+        seen.update(settings, model=model.name_or_path, output=output)
+        answer = {"length": 10, "depth": 0, "right": True}
+        return needle.summarize({"lengths": [10], "depths": [0], "trials": 1}, [answer])
+
+    monkeypatch.setattr(needle, "evaluate_needle", record)
+    return seen
+
+
+def test_evaluate_needle_has_the_grid_of_the_paper_by_default(needle_settings: dict[str, Any]) -> None:
+    result = runner.invoke(app, ["evaluate", "needle"])
+    assert result.exit_code == 0, result.output
+    assert "| 0 % | 100.0 |" in result.stdout
+    assert needle_settings == {
+        "model": str(command_line.POCKET), "output": Path("runs/needle"), "lengths": [*range(100, 1001, 100), 2000],
+        "depths": list(range(0, 101, 10)), "haystack": None, "needles": None, "trials": None,
+        "tokens_per_frame": None, "seed": 2024,
+    }  # fmt: skip
+
+
+def test_evaluate_needle_takes_needles_one_by_one_or_from_a_file(
+    needle_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    ones = ["--needle", "a.png", "--question", "Who?", "--answer", "Ann"]
+    others = ["--needle", "b.png", "--answer", "Bob", "--question", "And who?"]
+    options = ["--lengths", "5,50", "--depths", "0,12.5", "--haystack", "film.mp4", "--tokens-per-frame", "36"]
+    assert runner.invoke(app, ["evaluate", "needle", *ones, *others, *options]).exit_code == 0
+    assert needle_settings["needles"] == [("a.png", "Who?", "Ann"), ("b.png", "And who?", "Bob")]
+    assert needle_settings["lengths"] == [5, 50] and needle_settings["depths"] == [0, 12.5]
+    assert needle_settings["haystack"] == "film.mp4" and needle_settings["tokens_per_frame"] == 36
+
+    file = tmp_path / "needles.json"
+    file.write_text(json.dumps([{"picture": "a.png", "question": "Who?", "answer": "Ann"}]))
+    assert runner.invoke(app, ["evaluate", "needle", "--needle", str(file)]).exit_code == 0
+    assert needle_settings["needles"] == [(str(tmp_path / "a.png"), "Who?", "Ann")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--needle", "a.png", "--needle", "b.png", "--question", "Who?"], "2 --needle, 1 --question and 0 --answer"),
+        (["--needle", "needles.json", "--answer", "Ann"], "needles.json"),
+        (["--lengths", "100;200"], "'100;200'"),
+        (["--depths", "top"], "'top'"),
+    ],
+)
+def test_evaluate_needle_names_what_does_not_fit(arguments: list[str], says: str) -> None:
+    result = runner.invoke(app, ["evaluate", "needle", *arguments], terminal_width=200)
+    assert result.exit_code == 2 and says in result.output
