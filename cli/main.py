@@ -307,7 +307,7 @@ def evaluate_needle(
         str, typer.Option(help="Per cent of the frames before the needle.")
     ] = "0,10,20,30,40,50,60,70,80,90,100",
     trials: Annotated[
-        int | None, typer.Option(help="Answers in each cell. By default 16, or one for each --needle.", min=1)
+        int | None, typer.Option(help="Answers in each cell. By default 20, or one for each --needle.", min=1)
     ] = None,
     tokens_per_frame: Annotated[
         int | None, typer.Option(help="A square such as 144 or 36. By default the model's.")

@@ -22,6 +22,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ from longllava.modeling_longllava import LongLlavaForConditionalGeneration
 from longllava.processing import LongLlavaProcessor
 from longllava.processing.processing_longllava import frame_indices, read_picture, read_video
 
-TRIALS = 16  # of drawn needles, in each cell
+TRIALS = 20  # drawn needles in each cell: one that cannot be read is 5 %
 BLOCK = 100  # frames drawn at a time
 PIECE = 64  # pictures watched at a time, so that the progress moves
 MAX_NEW_TOKENS = 32
@@ -194,7 +195,7 @@ def run_trial(
         bar: goes on by one for each picture read.
 
     Yields:
-        For each cell `length`, `depth`, `question`, `expected`, `answer` and `right`.
+        For each cell `length`, `depth`, `question`, `expected`, `answer`, `right` and the `seconds` since the last.
     """
 
     def watch(session: Any, pictures: list[Any]) -> None:
@@ -203,7 +204,7 @@ def run_trial(
             session.watch(images=piece)
             bar.update(len(piece))
 
-    read = 0
+    read, start = 0, time.perf_counter()
     for place, same in by_place(cells).items():
         bar.set_postfix_str(f"haystack to frame {place}")
         watch(session, frames[read:place])
@@ -217,6 +218,7 @@ def run_trial(
             reached = cell.length
             answer = behind.ask(needle.question, max_new_tokens=MAX_NEW_TOKENS)
             behind.rewind()
+            start, seconds = time.perf_counter(), time.perf_counter() - start
             yield {
                 "length": cell.length,
                 "depth": cell.depth,
@@ -224,6 +226,7 @@ def run_trial(
                 "expected": needle.answer,
                 "answer": answer,
                 "right": is_right(answer, needle.answer),
+                "seconds": round(seconds, 3),
             }
 
 
@@ -257,7 +260,10 @@ def resume(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def summarize(settings: dict[str, Any], answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Settings, shares of right answers (0..1; `cells` holds a row per depth, a column per length), all answers."""
+    """Settings, shares of right answers (0..1; `cells` holds a row per depth, a column per length), all answers.
+
+    `up_to_length` is the share over all haystacks of at most each length, `seconds` the time of all answers together.
+    """
     lengths, depths = settings["lengths"], settings["depths"]
     right = np.zeros((len(depths), len(lengths)))
     for answer in answers:
@@ -272,6 +278,7 @@ def summarize(settings: dict[str, Any], answers: list[dict[str, Any]]) -> dict[s
             "up_to_length": (by_length.cumsum() / np.arange(1, len(lengths) + 1)).tolist(),
             "cells": cells.tolist(),
         },
+        "seconds": round(sum(answer["seconds"] for answer in answers), 1),
         "answers": answers,
     }
 
@@ -291,7 +298,7 @@ def table(report: dict[str, Any]) -> str:
     lowest = min(min(shares) for shares in accuracy["cells"])
     return "\n".join(lines) + (
         f"\n\n{accuracy['all']:.1%} of {len(report['answers']):,} needles found, {settings['trials']} in each cell; "
-        f"the lowest cell has {lowest:.1%}"
+        f"the lowest cell has {lowest:.1%}; {report['seconds']:.0f} s"
     )
 
 
@@ -303,7 +310,7 @@ def plot(report: dict[str, Any], path: str | Path) -> None:
         np.array(accuracy["cells"], dtype=float),
         rows=[f"{depth:g} %" for depth in settings["depths"]],
         columns=[f"{length:,}" for length in settings["lengths"]],
-        title=f"{Path(settings['model']).name}, {settings['tokens_per_frame']} tokens per frame\n"
+        title=f"{settings['model']}, {settings['tokens_per_frame']} tokens per frame\n"
         f"{accuracy['all']:.1%} of {len(report['answers']):,} needles found",
         row_label="depth of the needle",
         column_label="frames of the haystack",
@@ -338,7 +345,7 @@ def evaluate_needle(
         depths: per cent of them before the needle.
         haystack: a video or a folder of pictures; drawn digits, others in each trial, where it is None.
         needles: one per trial, in turn; digits in a red frame, others in each trial and place, where they are None.
-        trials: answers in each cell; by default as many as there are needles, 16 of drawn ones.
+        trials: answers in each cell; by default as many as there are needles, 20 of drawn ones.
         tokens_per_frame: of frames and needle alike; by default the model's own number.
 
     Returns:
@@ -360,17 +367,17 @@ def evaluate_needle(
 
     tokens = tokens_per_frame or processor.tokens_per_frame or processor.tokens_per_image
     settings = {
-        "model": model.name_or_path,
+        "model": Path(model.name_or_path).resolve().name if Path(model.name_or_path).is_dir() else model.name_or_path,
         "weights": fingerprint(model),
         "haystack": None if haystack is None else str(haystack),
-        "needles": needles and [[str(needle.picture), needle.question, needle.answer] for needle in needles],
+        "needles": [[str(needle.picture), needle.question, needle.answer] for needle in needles or []],
         "lengths": lengths,
         "depths": depths,
         "trials": trials,
         "tokens_per_frame": tokens,
         "seed": seed,
     }
-    needles = needles and [n._replace(picture=read_picture(n.picture, f"needle {i}")) for i, n in enumerate(needles)]
+    given = [n._replace(picture=read_picture(n.picture, f"needle {i}")) for i, n in enumerate(needles or [])]
     frames = [] if haystack is None else read_frames(haystack, lengths[-1], processor.image_size)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -390,7 +397,7 @@ def evaluate_needle(
                 frames = draw_frames(seed, trial, lengths[-1])
 
             def needle_at(place: int, trial: int = trial) -> Needle:
-                return needles[trial % len(needles)] if needles else draw_needle(seed, trial, place)
+                return given[trial % len(given)] if given else draw_needle(seed, trial, place)
 
             session = LongLlavaSession(model, processor, tokens_per_image=tokens)
             for answer in run_trial(session, frames, needle_at, wanted, bar):

@@ -128,7 +128,7 @@ def needle_settings(monkeypatch) -> dict[str, Any]:
 
     def record(model: Any, processor: Any, output: Path, **settings: Any) -> dict[str, Any]:
         seen.update(settings, model=model.name_or_path, output=output)
-        answer = {"length": 10, "depth": 0, "right": True}
+        answer = {"length": 10, "depth": 0, "right": True, "seconds": 1.0}
         return needle.summarize({"lengths": [10], "depths": [0], "trials": 1}, [answer])
 
     monkeypatch.setattr(needle, "evaluate_needle", record)

@@ -244,8 +244,10 @@ def test_the_report_holds_what_was_asked_and_its_shares(seer, tiny: tuple, tmp_p
         "cells": [[1, 0], [1, 1], [1, 1]],
     }
     assert len(report["answers"]) == 3 * 6 and report["settings"]["trials"] == 3
-    assert report["answers"][0] == {
+    assert report["seconds"] == pytest.approx(sum(answer["seconds"] for answer in report["answers"]), abs=0.1)
+    assert {**report["answers"][0], "seconds": 0} == {
         "trial": 0, "length": 10, "depth": 0, "question": "Which red?", "expected": "0", "answer": "0.", "right": True,
+        "seconds": 0,
     }  # fmt: skip
     assert {answer["expected"] for answer in report["answers"]} == {"0", "1", "2"}
     assert report["settings"]["tokens_per_frame"] == Seer.tokens == 4
@@ -271,7 +273,10 @@ def test_a_stopped_run_goes_on_and_asks_nothing_twice(seer, tiny: tuple, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         evaluate_needle(*tiny, tmp_path / "parts", **settings)
     asked.clear()
-    assert evaluate_needle(*tiny, tmp_path / "parts", **settings) == whole
+    again = evaluate_needle(*tiny, tmp_path / "parts", **settings)
+    assert again["accuracy"] == whole["accuracy"]
+    for one, other in zip(again["answers"], whole["answers"], strict=True):
+        assert {**one, "seconds": other["seconds"]} == other
     assert len(asked) == 2 * 6 - 7
     with pytest.raises(ValueError, match=r"lengths \[10, 30\].* \[10\]"):
         evaluate_needle(*tiny, tmp_path / "parts", **{**settings, "lengths": [10]})
