@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from longllava.evaluation import efficiency
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -20,6 +22,7 @@ app = typer.Typer(
 )
 evaluate_app = typer.Typer(no_args_is_help=True)
 app.add_typer(evaluate_app, name="evaluate", help="Measure a model.")
+evaluate_app.add_typer(efficiency.app, name="efficiency")
 
 # A checkout has the pocket model beside this folder; an installed wheel does not, and asks for --model.
 POCKET = Path(__file__).resolve().parent.parent / "spaces_demo" / "pocket"
@@ -379,3 +382,9 @@ def train(context: typer.Context) -> None:
         from longllava.trainers.sft import main as train_by_recipe
 
     train_by_recipe(context.args)
+
+
+# The measurements stand in a file of their own, where they also run without this one.
+for measurement in efficiency.app.registered_commands:
+    assert measurement.callback is not None
+    measurement.callback = one_line_errors(measurement.callback)

@@ -1,158 +1,207 @@
-"""Time and memory, ours next to a peer in the same run: `python -m longllava.evaluation.efficiency scan`."""
+"""Time and memory, ours next to peers and to the limits of the machine in the same run.
 
-# ruff: noqa: E402
+Each command prints its table and, with --output FOLDER, writes NAME.json and a plot, NAME.png.
+"""
+
+# Everything heavy is imported inside the commands: `longllava --help` lists them and answers at once.
 import os
-
-# Read when torch loads its threads, so it comes first. Threads of libgomp spin while they wait, by default for so long
-# that they take the cores from each other as soon as anything else runs on the machine. This is much shorter.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-import json
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from torch import Tensor
-from tqdm.auto import tqdm
+
+if TYPE_CHECKING:
+    import torch
+
+    from longllava.evaluation.measure import Report
+
+# Read when torch loads its threads. Threads of libgomp spin while they wait, by default for so long that they take the
+# cores from each other as soon as anything else runs on the machine. This is much shorter.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
-
-@app.callback()
-def _commands() -> None:
-    """One command per measurement; a callback keeps the name of a single command on the command line."""
-
-
-def scan_inputs(channels: int, length: int, states: int) -> dict[str, Tensor]:
-    """Random inputs of one scan as a trained Mamba layer sees them: A = -1 .. -states, time steps near 0.05."""
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "x": torch.randn(1, length, channels, generator=generator),
-        "dt": torch.randn(1, length, channels, generator=generator) - 3,
-        "A": -torch.arange(1.0, states + 1).repeat(channels, 1),
-        "B": torch.randn(1, length, states, generator=generator),
-        "C": torch.randn(1, length, states, generator=generator),
-        "D": torch.ones(channels),
-        "z": torch.randn(1, length, channels, generator=generator),
-        "dt_bias": torch.zeros(channels),
-    }
+Output = Annotated[Path | None, typer.Option(help="Folder for the figures as JSON and their plot.")]
+Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1 ...")]
+Dtype = Annotated[str, typer.Option(help="auto (bfloat16 on a GPU, else float32), float32, bfloat16 or float16.")]
+Repeats = Annotated[int, typer.Option(help="Timed runs of each, in turn; the median is shown.", min=1)]
+Limit = Annotated[float, typer.Option(help="Seconds; what is slower runs once and no longer size after it.")]
+Size = Annotated[str | None, typer.Option("--config", help="small, pocket, 9b or 53b. By default 9b on a GPU.")]
 
 
-def _ours(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    from longllava.modeling_longllava import selective_scan
-
-    return selective_scan(**inputs)
-
-
-def _transformers(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    from transformers.models.mamba.modeling_mamba import mamba_selective_scan
-
-    x, dt, B, C, z = (inputs[name].transpose(1, 2) for name in ("x", "dt", "B", "C", "z"))
-    y, state = mamba_selective_scan(
-        x,
-        dt,
-        inputs["A"],
-        B,
-        C,
-        D=inputs["D"],
-        z=z,
-        delta_bias=inputs["dt_bias"],
-        delta_softplus=True,
-        return_last_state=True,
-    )
-    return y.transpose(1, 2), state
+def numbers(option: str, text: str) -> list[int]:
+    """The numbers of an option such as `100,200,300`; none for an empty text."""
+    try:
+        found = [int(part) for part in text.split(",") if part]
+    except ValueError:
+        found = [0]
+    if any(number < 1 for number in found):
+        raise typer.BadParameter(f"--{option} takes numbers above 0 with commas between them, not {text!r}")
+    return found
 
 
-SCANS: dict[str, Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]] = {
-    "longllava": _ours,
-    "transformers": _transformers,
-}
+def chosen(text: str | None, names: tuple[str, ...]) -> list[str]:
+    """Those who take part, in the order of `names`; all without an option."""
+    wanted = list(names) if text is None else text.split(",")
+    if unknown := sorted(set(wanted) - set(names)):
+        raise typer.BadParameter(f"--who takes {', '.join(names)}, not {', '.join(unknown)}")
+    return [name for name in names if name in wanted]
 
 
-def _run(name: str, inputs: dict[str, Tensor], train: bool) -> tuple[Tensor, ...]:
-    """Outputs of one scan, and with `train` also the gradients of all inputs."""
-    if not train:
-        with torch.no_grad():
-            return SCANS[name](inputs)
-    inputs = {key: tensor.detach().requires_grad_() for key, tensor in inputs.items()}
-    y, state = SCANS[name](inputs)
-    return y.detach(), state.detach(), *torch.autograd.grad(y.sum() + state.sum(), list(inputs.values()))
+def place(device: str, dtype: str) -> tuple["torch.device", "torch.dtype"]:
+    from longllava.evaluation.measure import choose_device, choose_dtype
+
+    where = choose_device(device)
+    return where, choose_dtype(dtype, where)
 
 
-def _peak_bytes() -> int:
-    """Largest resident memory of this process since the counter was last reset (Linux)."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024  # the line reads "VmHWM:   1234 kB"
-
-
-@app.command("scan-memory", hidden=True)
-def scan_memory(name: str, channels: int, length: int, states: int, train: bool = False) -> None:
-    """Print the bytes that one scan needs beyond its inputs and outputs; run in a process of its own by `scan`."""
-    _run(name, scan_inputs(channels, 8, states), train)  # what the libraries load once is not the scan's
-    inputs = scan_inputs(channels, length, states)
-    Path("/proc/self/clear_refs").write_text("5")  # reset the peak to what is resident now
-    before = _peak_bytes()
-    outputs = _run(name, inputs, train)
-    after = _peak_bytes()
-    typer.echo(after - before - sum(tensor.nbytes for tensor in outputs))
+def show(report: "Report") -> None:
+    report.save()
+    typer.echo(report.text())
+    typer.echo(report.draw())
 
 
 @app.command()
 def scan(
-    channels: Annotated[int, typer.Option(help="Inner channels of the Mamba layer.")] = 1024,
-    length: Annotated[int, typer.Option(help="Tokens of the row.")] = 8192,
-    states: Annotated[int, typer.Option(help="States per channel.")] = 16,
-    repeats: Annotated[int, typer.Option(help="Timed pairs; the median is shown.")] = 5,
-    train_length: Annotated[
-        int,
-        typer.Option(help="Tokens for forward and backward; the peer takes quadratic time. 0: leave out."),
-    ] = 256,
-    output: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+    context: typer.Context,
+    lengths: Annotated[str | None, typer.Option(help="Tokens, forward.")] = None,
+    train_lengths: Annotated[str | None, typer.Option(help="Tokens, forward and backward; '' leaves it out.")] = None,
+    channels: Annotated[int | None, typer.Option(help="Inner channels of the Mamba layer.", min=1)] = None,
+    states: Annotated[int, typer.Option(help="States per channel.", min=1)] = 16,
+    who: Annotated[
+        str | None,
+        typer.Option(help="Of torch, compile, triton (backends of ours), reference, mamba_ssm, transformers."),
+    ] = None,
+    repeats: Repeats = 5,
+    limit: Limit = 30,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    output: Output = None,
 ) -> None:
-    """Our selective scan next to the one of transformers, float32 on the CPU: time in pairs, and peak memory."""
-    figures = {"channels": channels, "states": states, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    for mode, tokens in {"forward": length, "training": train_length}.items():
-        if tokens == 0:
-            continue
-        for name in SCANS:
-            _run(name, scan_inputs(channels, 64, states), train=mode == "training")  # warms up
-        inputs = scan_inputs(channels, tokens, states)
-        seconds: dict[str, list[float]] = {name: [] for name in SCANS}
-        error = 0.0
-        # Ours and theirs in turn, so that both see the same machine.
-        for _ in tqdm(range(repeats), desc=mode, file=sys.stderr):
-            results = {}
-            for name in SCANS:
-                start = time.perf_counter()
-                results[name] = _run(name, inputs, train=mode == "training")
-                seconds[name].append(time.perf_counter() - start)
-            for ours, theirs in zip(*results.values(), strict=True):
-                error = max(error, ((ours - theirs).abs().max() / theirs.abs().max()).item())
-        memory = {}
-        for name in SCANS:
-            command = [sys.executable, "-m", "longllava.evaluation.efficiency", "scan-memory", name]
-            command += [str(channels), str(tokens), str(states)] + (["--train"] if mode == "training" else [])
-            memory[name] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        ratio = statistics.median(t / o for o, t in zip(seconds["longllava"], seconds["transformers"], strict=True))
-        figures[mode] = {
-            "length": tokens,
-            "seconds": {name: statistics.median(times) for name, times in seconds.items()},
-            "megabytes_beyond_inputs_and_outputs": {name: value / 1e6 for name, value in memory.items()},
-            "times_faster": ratio,
-            "largest_relative_difference": error,
-        }
-        typer.echo(f"{mode}, 1 x {channels} channels x {tokens} tokens x {states} states, float32, CPU")
-        for name in SCANS:
-            typer.echo(f"  {name:<14}{statistics.median(seconds[name]):9.3f} s{memory[name] / 1e6:10.0f} MB")
-        typer.echo(f"  {ratio:.1f} times faster; largest relative difference {error:.1e}")
-    if output is not None:
-        output.write_text(json.dumps(figures, indent=2) + "\n")
+    """The selective scan: backends of ours, the plain loop, transformers' function and mamba_ssm's kernel."""
+    from longllava.evaluation import measurements, workloads
+
+    where, kind = place(device, dtype)
+    large = where.type == "cuda"
+    # Backward in transformers takes time with the square of the length.
+    forward = numbers("lengths", ("1024,8192,32768,131072" if large else "1024,8192") if lengths is None else lengths)
+    both = numbers("train-lengths", ("256,8192" if large else "256") if train_lengths is None else train_lengths)
+    names = chosen(who, workloads.scan_names(where))
+    width = channels or (8192 if large else 1024)
+    show(measurements.measure_scan(where, kind, width, states, forward, both, names, repeats, limit, output))
+
+
+@app.command()
+def prefill(
+    context: typer.Context,
+    size: Size = None,
+    lengths: Annotated[str | None, typer.Option(help="Tokens of the text.")] = None,
+    repeats: Repeats = 3,
+    limit: Limit = 60,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    output: Output = None,
+) -> None:
+    """Reading a text: our language model against transformers' JambaForCausalLM with the same weights."""
+    from longllava.evaluation import measurements
+
+    where, kind = place(device, dtype)
+    large = where.type == "cuda"
+    usual = "1024,4096,16384,65536,100000,144000,288000" if large else "1024,2048,4096,8192,16384"
+    tokens = numbers("lengths", lengths or usual)
+    show(measurements.measure_prefill(where, kind, size or _size(large), tokens, repeats, limit, output))
+
+
+@app.command()
+def images(
+    context: typer.Context,
+    size: Size = None,
+    counts: Annotated[str, typer.Option(help="Pictures read in full, each number by itself.")] = "10,100,1000",
+    tail: Annotated[
+        str, typer.Option(help="Pictures shown by the last pieces on a cache that is already that long.")
+    ] = "",
+    tokens_per_image: Annotated[int | None, typer.Option(help="By default the model's.")] = None,
+    prefill_chunk_size: Annotated[
+        int | None, typer.Option(help="Tokens of a piece. By default 512 for small models, else 8192.", min=1)
+    ] = None,
+    budget_gb: Annotated[
+        float | None, typer.Option(help="Take no more of the GPU, and find the largest number that fits.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    output: Output = None,
+) -> None:
+    """Pictures from their files to the first token: seconds, and memory beyond weights and cache."""
+    from longllava.evaluation import measurements
+
+    where, kind = place(device, dtype)
+    name = size or ("9b" if where.type == "cuda" else "pocket")
+    piece = prefill_chunk_size or (8192 if name in ("9b", "53b") else 512)
+    whole, last = numbers("counts", counts), numbers("tail", tail)
+    show(measurements.measure_images(where, kind, name, whole, last, tokens_per_image, piece, budget_gb, output))
+
+
+@app.command()
+def pictures(
+    context: typer.Context,
+    count: Annotated[int, typer.Option(help="JPEG files of 1280 x 720.", min=1)] = 200,
+    repeats: Repeats = 3,
+    limit: Limit = 120,
+    output: Output = None,
+) -> None:
+    """Preparing picture files on the CPU: our processor against transformers' LlavaImageProcessor in one call."""
+    from longllava.evaluation import measurements
+
+    show(measurements.measure_pictures(count, repeats, limit, output))
+
+
+@app.command()
+def decode(
+    context: typer.Context,
+    size: Size = None,
+    contexts: Annotated[str | None, typer.Option(help="Tokens of the cache, which is filled, not read.")] = None,
+    who: Annotated[str | None, typer.Option(help="Of longllava, longllava static, transformers.")] = None,
+    tokens: Annotated[int, typer.Option(help="New tokens of a run.", min=1)] = 32,
+    repeats: Repeats = 5,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    output: Output = None,
+) -> None:
+    """New tokens behind a long context, next to what reading weights and cache once would take."""
+    from longllava.evaluation import measurements
+
+    where, kind = place(device, dtype)
+    large = where.type == "cuda"
+    lengths = numbers("contexts", contexts or ("1024,100000,1000000,2900000" if large else "1024,32768,150000"))
+    names = chosen(who, ("longllava", "longllava static", "transformers"))
+    name = size or _size(large)
+    show(measurements.measure_decode(where, kind, name, lengths, names, tokens, repeats, output))
+
+
+@app.command()
+def session(
+    context: typer.Context,
+    size: Annotated[str, typer.Option("--config", help="pocket (the shipped weights), small, 9b or 53b.")] = "pocket",
+    pictures: Annotated[int, typer.Option(help="Pictures of the conversation.", min=1)] = 1000,
+    questions: Annotated[int, typer.Option(help="Questions, one after the other.", min=2)] = 100,
+    scratch: Annotated[int, typer.Option(help="How many of them are asked from scratch as well.", min=1)] = 3,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 16,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    output: Output = None,
+) -> None:
+    """Questions on the same pictures in a session and from scratch; the answers have to be equal."""
+    from longllava.evaluation import measurements
+
+    where, kind = place(device, dtype)
+    report = measurements.measure_session(where, kind, size, pictures, questions, scratch, max_new_tokens, output)
+    show(report)
+    if not report.summary["answers_equal"]:
+        raise ValueError("answers in the session and from scratch differ; the table shows where")
+
+
+def _size(large: bool) -> str:
+    return "9b" if large else "small"
 
 
 if __name__ == "__main__":
