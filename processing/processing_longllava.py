@@ -1,9 +1,9 @@
 """LongLlavaProcessor: pictures, video and chat become the tensors that the model reads.
 
     text with placeholders, pictures, videos
-       | read            path, URL, bytes, PIL, array or tensor -> RGB as a person sees it
-       | square          pad to a square, resize to the tower's input            (S, S, 3) uint8 each
-       | expand          one `<image>` per picture, frame or tile in the text; ids repeated rows * cols times
+       | expand            one `<image>` per picture, frame or tile in the text           texts, sides, PictureStream
+       | tokenize          ids of the text, that of each `<image>` rows * cols times
+       | PictureStream     pictures decoded, padded to a square, resized and normalized in threads
        v
     input_ids (B, L)  attention_mask (B, L)  pixel_values (N, 3, S, S)  image_grid_hw (N, 2)
 
@@ -20,329 +20,40 @@ The protocol is that of arXiv 2409.02889 (data processing) and of the released i
 One difference to the released code: a picture that fits into one tile gets no tile, for the tile would repeat it.
 """
 
-import base64
-import binascii
-import bisect
 import inspect
 import re
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jinja2 import Environment, meta
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_transforms import normalize, rescale
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .picture_reading_longllava import TowerInput, best_grid, find_picture, picture_size
+from .picture_stream_longllava import PictureStream, StillPicture
+from .video_reading_longllava import VideoFile, find_video, frame_indices
+
 IGNORE_INDEX = -100
-EXIF_ORIENTATION = 0x0112
-DOWNLOAD_TIMEOUT = 60  # seconds
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
-
-
-def read_picture(source: Any, name: str) -> Image.Image:
-    """An RGB picture, upright and opaque, as a person sees it.
-
-    `source` is a path, a URL, a `data:` URL or base64 string, bytes, a PIL picture, an array or a tensor (height x
-    width, with channels first, last or absent; uint8, uint16, floats in 0..1). A row of a `datasets` column with
-    `{"bytes", "path"}` works too. `name` says in errors which picture it was; paths and URLs speak for themselves.
-
-    Raises FileNotFoundError for a missing file, TypeError for an unknown kind of source and ValueError for anything
-    that cannot be read. That includes files of more pixels than Pillow trusts, twice `PIL.Image.MAX_IMAGE_PIXELS`
-    (179 million by default): a larger picture needs a higher value there, or None.
-    """
-    if isinstance(source, dict) and {"bytes", "path"} <= source.keys():
-        source = source["path"] if source["bytes"] is None else source["bytes"]
-    if isinstance(source, Path):
-        source = str(source)
-    if isinstance(source, str):
-        name = f"{source[:100]!r}"
-    try:
-        if isinstance(source, str):
-            source = _open_string(source)
-        if isinstance(source, bytes | bytearray):
-            source = BytesIO(source)
-        if isinstance(source, str | BytesIO):
-            with Image.open(source) as picture:
-                picture.load()
-                return to_rgb(picture)
-        if isinstance(source, Image.Image):
-            return to_rgb(source)
-        if isinstance(source, torch.Tensor):
-            source = source.detach().cpu()
-            source = (source.float() if source.is_floating_point() else source).numpy()
-        if isinstance(source, np.ndarray):
-            return to_rgb(_picture_of_array(source))
-    except FileNotFoundError:
-        raise
-    except Image.DecompressionBombError as error:
-        # Pillow's sentence holds both numbers, the picture's pixels and the limit.
-        raise ValueError(f"{name} is too large: {error} PIL.Image.MAX_IMAGE_PIXELS sets half this limit.") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{name} cannot be read as a picture: {error}") from error
-    raise TypeError(f"{name} is a {type(source).__name__}; a picture is a path, URL, bytes, PIL, array or tensor")
-
-
-def _download(url: str) -> bytes:
-    request = urllib.request.Request(url, headers={"User-Agent": "longllava"})  # some sites refuse Python's own name
-    with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
-        return response.read()
-
-
-def _open_string(source: str) -> str | bytes:
-    """A string's file (its path) or content: URL, `data:` URL, path or plain base64."""
-    if source.startswith(("http://", "https://")):
-        return _download(source)
-    if source.startswith("data:"):
-        return base64.b64decode(source.partition(",")[2])
-    try:
-        if Path(source).is_file():
-            return source
-    except OSError:  # a string too long for a file name
-        pass
-    try:
-        # Anything shorter is no picture but a mistyped path.
-        if len(source) > 64:
-            return base64.b64decode(source, validate=True)
-    except binascii.Error:
-        pass
-    raise FileNotFoundError(f"there is no file {source[:100]!r}")
-
-
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Upright, 8 bits per channel, transparency laid on white, RGB."""
-    if picture.getexif().get(EXIF_ORIENTATION, 1) != 1:
-        picture = ImageOps.exif_transpose(picture)
-    if picture.mode == "RGB" and "transparency" not in picture.info:
-        return picture
-    if picture.mode.startswith("I"):
-        # Pillow clips 16 bits to 8 where one sees a scale. Mode I holds them as well, from older files and Pillows.
-        picture = _picture_of_array(np.asarray(picture).clip(0, 65535).astype(np.uint16))
-    elif picture.mode == "F":
-        values = np.asarray(picture)
-        picture = _picture_of_array(values if values.max() <= 1 else values.clip(0, 255).astype(np.uint8))
-    elif picture.mode == "La":
-        picture = picture.convert("LA")
-    if picture.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
-
-
-def _picture_of_array(array: np.ndarray) -> Image.Image:
-    """(H, W), (H, W, C) or (C, H, W) with 1 to 4 channels; bool, integers of 8 or 16 bits, floats in 0..1."""
-    shape = array.shape
-    if array.ndim == 2:
-        array = array[..., None]
-    if array.ndim == 3 and array.shape[-1] not in (1, 2, 3, 4):
-        array = np.moveaxis(array, 0, -1)
-    if array.ndim != 3 or array.shape[-1] not in (1, 2, 3, 4) or 0 in array.shape:
-        raise ValueError(f"shape {shape} is not height x width with 1 to 4 channels first, last or absent")
-
-    if array.dtype == bool:
-        array = array.astype(np.uint8) * 255
-    elif array.dtype == np.uint16:
-        array = (array.astype(np.uint32) + 128) // 257
-    else:
-        low, high = array.min(), array.max()
-        limit = 1 if np.issubdtype(array.dtype, np.floating) else 255
-        # Not `low < 0 or high > limit`: NaN must fail too.
-        if not (low >= 0 and high <= limit):
-            raise ValueError(f"values of type {array.dtype} lie in 0..{limit}, these in {low}..{high}")
-        if limit == 1:
-            array = np.rint(array * 255)
-    array = np.ascontiguousarray(array, dtype=np.uint8)
-    return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
-
-
-def best_grid(height: int, width: int, tile: int, max_tiles: int) -> tuple[int, int]:
-    """(rows, cols) of square tiles of `tile` pixels for a big picture, at most `max_tiles` of them.
-
-    As LLaVA chooses among resolutions: keep as many of the picture's own pixels as possible, then waste as few pixels
-    of the tiles as possible. The picture is never enlarged, so a grid larger than the picture only wastes.
-    """
-    best, best_key = (1, 1), (-1, 0)
-    for rows in range(1, max_tiles + 1):
-        for cols in range(1, max_tiles // rows + 1):
-            scale = min(rows * tile / height, cols * tile / width, 1.0)
-            kept = int(height * scale) * int(width * scale)
-            key = (kept, kept - rows * cols * tile * tile)
-            if key > best_key:
-                best, best_key = (rows, cols), key
-    return best
-
-
-def cut_tiles(picture: Image.Image, tile: int, max_tiles: int) -> list[list[Image.Image]]:
-    """Rows of tiles (tile x tile pixels, RGB) of a picture laid in the middle of its best grid, on white.
-
-    A picture that fits its grid keeps its pixels. No rows at all where one tile would do: it would repeat the picture.
-    """
-    rows, cols = best_grid(picture.height, picture.width, tile, max_tiles)
-    if rows * cols == 1:
-        return []
-    scale = min(rows * tile / picture.height, cols * tile / picture.width, 1.0)
-    if scale < 1:
-        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-        picture = picture.resize(size, Image.Resampling.BICUBIC)
-    canvas = Image.new("RGB", (cols * tile, rows * tile), "white")
-    canvas.paste(picture, ((canvas.width - picture.width) // 2, (canvas.height - picture.height) // 2))
-    return [
-        [canvas.crop((x, y, x + tile, y + tile)) for x in range(0, canvas.width, tile)]
-        for y in range(0, canvas.height, tile)
-    ]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Video
-
-
-def frame_indices(
-    total: int,
-    times: np.ndarray | None,
-    num_frames: int | None,
-    fps: float | None,
-    max_frames: int,
-) -> np.ndarray:
-    """Which of `total` frames to look at: `fps` per second, or all; then evenly thinned to `num_frames`, `max_frames`.
-
-    `times` (total,) are the frames' times in seconds, rising; None where there are none. The first and the last of
-    the frames to choose from are always among the chosen, unless only one is.
-    """
-    chosen = np.arange(total)
-    if fps is not None:
-        if times is None:
-            raise ValueError("fps needs the times of a video file; a list or array of frames has none")
-        steps = np.arange(times[0], times[-1] + 1e-6, 1 / fps)
-        # The frame on the screen at each step; the half millisecond is for times rounded by the file format.
-        chosen = np.unique(np.searchsorted(times, steps + 5e-4, side="right") - 1)
-    count = min(len(chosen), max_frames if num_frames is None else min(num_frames, max_frames))
-    return chosen[np.rint(np.linspace(0, len(chosen) - 1, count)).astype(int)]
-
-
-def read_video(
-    source: Any, name: str, choose: Callable[[int, np.ndarray | None], np.ndarray], keep: Callable[[Image.Image], Any]
-) -> tuple[list[Any], dict[str, Any]]:
-    """The chosen frames of a video, each passed through `keep` as soon as it is read, and where they came from.
-
-    `source` is a path, URL or bytes of a video file, a sequence of pictures, or an array or tensor with one picture
-    per first index. `choose(total, times)` gives the frames' indices. The second result holds `total_num_frames`,
-    `fps` and `duration` (s) of the file, and of the chosen frames `frames_indices` and `timestamps` (s); what a
-    sequence of pictures does not know is None.
-
-    Raises FileNotFoundError for a missing file and ValueError, with the name, for what has no frames to give.
-    """
-    if isinstance(source, str | Path | bytes | bytearray):
-        return _read_video_file(source, name, choose, keep)
-    total = len(source)
-    if total == 0:
-        raise ValueError(f"{name} has 0 frames")
-    try:
-        indices = choose(total, None)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    frames = [keep(read_picture(source[index], f"frame {index} of {name}")) for index in indices.tolist()]
-    info = {"total_num_frames": total, "fps": None, "duration": None}
-    return frames, {**info, "frames_indices": indices.tolist(), "timestamps": None}
-
-
-def _read_video_file(
-    source: str | Path | bytes | bytearray, name: str, choose: Callable, keep: Callable
-) -> tuple[list[Any], dict[str, Any]]:
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError("reading a video file needs PyAV: pip install av") from error
-
-    if isinstance(source, str | Path):
-        name = f"{str(source)!r}"
-    file: Any
-    try:
-        if isinstance(source, str) and source.startswith(("http://", "https://")):
-            source = _download(source)
-        if isinstance(source, str | Path):
-            if not Path(source).is_file():
-                raise FileNotFoundError(f"there is no video file {name}")
-            file = str(source)
-        else:
-            file = BytesIO(source)
-
-        # First the packets alone, which costs no decoding: many formats do not say how many frames they hold, and
-        # only the packets say when each frame is shown and where decoding can start.
-        with av.open(file) as container:
-            if not container.streams.video:
-                raise ValueError("it has no video stream")
-            stream = container.streams.video[0]
-            packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
-            stamps = [packet.pts for packet in packets]
-            rate = float(stream.average_rate or 0) or None
-            time_base = float(stream.time_base)
-        if not packets:
-            raise ValueError("it has 0 frames")
-        # A bare stream has no times: count its frames, and decode from the start.
-        counted = None in stamps
-        if counted:
-            stamps, keys = list(range(len(stamps))), [0]
-            time_base = 1 / (rate or 25.0)
-        else:
-            stamps, keys = sorted(stamps), sorted(packet.pts for packet in packets if packet.is_keyframe)
-        times = (np.array(stamps) - stamps[0]) * time_base
-        indices = choose(len(stamps), times)
-
-        if isinstance(file, BytesIO):
-            file.seek(0)
-        with av.open(file) as container:
-            frames, shown = _decode(container, [stamps[index] for index in indices], keys, counted, keep)
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, av.FFmpegError) as error:
-        raise ValueError(f"{name} cannot be read as a video: {error}") from error
-
-    info = {"total_num_frames": len(stamps), "fps": rate, "duration": float(times[-1]) + (1 / rate if rate else 0.0)}
-    timestamps = np.interp(shown, stamps, times).round(6).tolist()
-    return frames, {**info, "frames_indices": indices.tolist(), "timestamps": timestamps}
-
-
-def _decode(
-    container: Any, wanted: list[int], keys: list[int], counted: bool, keep: Callable[[Image.Image], Any]
-) -> tuple[list[Any], list[int]]:
-    """The frames at the stamps `wanted` (rising), or the next that shows something, and the stamps they have.
-
-    Jumps to the last key frame before a wanted frame where that skips something: 128 frames of an hour of video then
-    cost 128 short runs instead of the whole hour. `counted`: the stamps are numbers of frames, no jumps.
-    """
-    stream = container.streams.video[0]
-    stream.thread_type = "AUTO"
-    decoder = enumerate(container.decode(stream))
-    frames: list[Any] = []
-    shown: list[int] = []
-    position = keys[0] if keys else wanted[0]
-    for stamp in wanted:
-        start = keys[max(bisect.bisect(keys, stamp) - 1, 0)] if keys else position
-        if start > position:
-            container.seek(start, stream=stream)
-            decoder = enumerate(container.decode(stream))
-        for number, frame in decoder:
-            position = number if counted else frame.pts
-            if position >= stamp:
-                frames.append(keep(frame.to_image().rotate(frame.rotation, expand=True)))
-                shown.append(position)
-                break
-    if len(frames) < len(wanted):
-        raise ValueError(f"{len(wanted)} frames were chosen, only {len(frames)} can be decoded")
-    return frames, shown
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The processor
+
+
+class Expanded(NamedTuple):
+    """Prompts with one `<image>` per picture, frame and tile, and these pictures; see `LongLlavaProcessor.expand`."""
+
+    texts: list[str]  # of each prompt
+    sides: list[list[int]]  # of each prompt, of each `<image>`: rows, which are also columns, of its tokens
+    pictures: PictureStream  # of all prompts, in the order of their `<image>`
+    # Of each prompt, positions in `texts` and in the text as it was given that correspond; see `_substitute`.
+    bounds: list[tuple[list[int], list[int]]]
+    video_metadata: list[dict[str, Any]]  # of each video; see `find_video`
 
 
 class LongLlavaProcessor(ProcessorMixin):
@@ -440,6 +151,7 @@ class LongLlavaProcessor(ProcessorMixin):
         return_offsets_mapping: bool = False,
         return_mm_token_type_ids: bool = False,
         return_metadata: bool = False,
+        stream_pictures: bool = False,
     ) -> BatchFeature:
         """Prompts with `<image>` and `<video>` placeholders to input_ids, attention_mask, pixel_values, image_grid_hw.
 
@@ -447,8 +159,8 @@ class LongLlavaProcessor(ProcessorMixin):
             text: one prompt or several; None for pictures alone.
             images: one picture, a list of them for all placeholders of all prompts in order, or one list per prompt.
                 See `read_picture` for what a picture can be.
-            videos: the same with videos. See `read_video`; a list of pictures or an array with four axes is one video,
-                an array with five axes a list of them.
+            videos: the same with videos. One is a path, URL or bytes of a file, a list of pictures or an array with
+                four axes; an array with five axes is a list of them.
             tokens_per_image, tokens_per_frame: a square number each. A `tokens_per_image` of the call is also that of
                 frames, unless the call or the checkpoint has one for frames.
             sub_images: give every picture its tiles (see the head of this file), at most `max_tiles`; also one choice
@@ -460,12 +172,77 @@ class LongLlavaProcessor(ProcessorMixin):
             add_special_tokens: begin each prompt with the start token, if it does not; the chat template has it.
             return_offsets_mapping: also `offset_mapping` (B, L, 2), positions in `text` as it was given.
             return_mm_token_type_ids: also `mm_token_type_ids` (B, L), 1 at tokens of pictures.
-            return_metadata: also `video_metadata`, one dictionary per video (see `read_video`).
+            return_metadata: also `video_metadata`, one dictionary per video (see `find_video`).
+            stream_pictures: `pixel_values` is a `PictureStream`, which decodes a picture when the model comes to it.
 
         Raises ValueError wherever counts do not agree or a picture would be lost.
         """
         if audio is not None:
             raise ValueError("LongLLaVA reads pictures and videos, no audio")
+        if text is None:
+            if images is None or videos is not None:
+                raise ValueError("give text, or pictures alone")
+            images = _one_list(images)
+        expanded = self.expand(
+            self.image_token * len(images) if text is None else text,
+            images,
+            videos,
+            tokens_per_image=tokens_per_image,
+            tokens_per_frame=tokens_per_frame,
+            sub_images=sub_images,
+            max_tiles=max_tiles,
+            num_frames=num_frames,
+            fps=fps,
+            max_frames=max_frames,
+        )
+
+        data: dict[str, Any] = {}
+        if text is not None:
+            rows: list[tuple[np.ndarray, np.ndarray]] = []  # ids (L,) and positions (L, 2) of each prompt
+            for number, prompt in enumerate(expanded.texts):
+                ids, offsets = self.tokenize(prompt, expanded.sides[number])
+                # Back to positions in the prompt as it was given.
+                offsets = np.interp(offsets, *expanded.bounds[number]).astype(np.int64)
+                if add_special_tokens and ids[:1].tolist() != [self.tokenizer.bos_token_id]:
+                    ids = np.concatenate([[self.tokenizer.bos_token_id], ids])
+                    offsets = np.concatenate([[[0, 0]], offsets])
+                if truncation and max_length is not None:
+                    keep = self._truncate(ids, max_length, number)
+                    ids, offsets = ids[keep], offsets[keep]
+                rows.append((ids, offsets))
+            data = self._pad(rows, padding, padding_side, pad_to_multiple_of, max_length, return_tensors)
+            if not return_offsets_mapping:
+                del data["offset_mapping"]
+            if return_mm_token_type_ids:
+                data["mm_token_type_ids"] = [(np.asarray(ids) == self.image_token_id) * 1 for ids in data["input_ids"]]
+        if len(expanded.pictures) > 0:
+            data["pixel_values"] = expanded.pictures if stream_pictures else expanded.pictures.tensor().numpy()
+            data["image_grid_hw"] = np.array([[side, side] for sides in expanded.sides for side in sides])
+        if return_metadata:
+            data["video_metadata"] = expanded.video_metadata
+        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["video_metadata"])
+
+    def expand(
+        self,
+        text: str | Sequence[str],
+        images: Any = None,
+        videos: Any = None,
+        *,
+        tokens_per_image: int | None = None,
+        tokens_per_frame: int | None = None,
+        sub_images: bool | Sequence[bool] = False,
+        max_tiles: int | None = None,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        max_frames: int | None = None,
+    ) -> Expanded:
+        """What stands behind the placeholders of one prompt or several: the first half of `__call__`, same arguments.
+
+        No picture is decoded yet, but files must be there, frames of videos are chosen, and for tiles the size of the
+        picture is read. `tokenize` makes ids of a text and its sides, or of a part that ends behind an `<image>`.
+
+        Raises ValueError where counts do not agree, and whatever can be known to be wrong with a picture or video.
+        """
         if fps is not None and num_frames is not None:
             raise ValueError(f"num_frames={num_frames} and fps={fps} are two ways to choose frames; give one")
         max_tiles = self.max_tiles if max_tiles is None else max_tiles
@@ -474,16 +251,7 @@ class LongLlavaProcessor(ProcessorMixin):
         image_side = self._grid_side(self._image_tokens(tokens_per_image), "tokens_per_image")
         frame_side = self._grid_side(self._frame_tokens(tokens_per_image, tokens_per_frame), "tokens_per_frame")
 
-        def choose(total: int, times: np.ndarray | None) -> np.ndarray:
-            return frame_indices(total, times, num_frames, fps, max_frames)
-
-        if text is None:
-            if images is None or videos is not None:
-                raise ValueError("give text, or pictures alone")
-            images = _one_list(images)
-            prompts = [self.image_token * len(images)]
-        else:
-            prompts = [text] if isinstance(text, str) else list(text)
+        prompts = [text] if isinstance(text, str) else list(text)
         if not prompts:
             raise ValueError("0 prompts are given")
         for number, prompt in enumerate(prompts):
@@ -493,28 +261,52 @@ class LongLlavaProcessor(ProcessorMixin):
         if len(tiled) != len(prompts):
             raise ValueError(f"{len(tiled)} choices of sub_images are given for {len(prompts)} prompts")
 
-        pixels: list[np.ndarray] = []  # (S, S, 3) uint8 each, in the order of the placeholders
+        parts: list[tuple[StillPicture | VideoFile, int]] = []  # all pictures, in the order of the placeholders
         sides: list[int] = []  # rows and columns of tokens of each
         metadata: list[dict[str, Any]] = []
         picture_tag = f"<img>{self.image_token}</img>"
 
+        def choose(total: int, times: np.ndarray | None) -> np.ndarray:
+            return frame_indices(total, times, num_frames, fps, max_frames)
+
         def expand_image(source: Any, with_tiles: bool) -> str:
-            picture = read_picture(source, f"picture {len(pixels)}")
-            tiles = cut_tiles(picture, self.image_size, max_tiles) if with_tiles else []
-            pixels.extend(self._square(part) for part in [picture, *(tile for row in tiles for tile in row)])
-            sides.extend([image_side] * (len(pixels) - len(sides)))
-            return "\n".join([self.image_token, *(picture_tag * len(row) for row in tiles)])
+            # What has to be downloaded for its size is kept: a picture is fetched once.
+            source, name = find_picture(source, f"picture {len(parts)}", download=with_tiles)
+            rows, cols = 1, 1
+            if with_tiles:
+                width, height = picture_size(source, name)
+                rows, cols = best_grid(height, width, self.image_size, max_tiles)
+            if rows * cols == 1:
+                parts.append((StillPicture(source, name), 0))
+                sides.append(image_side)
+                return self.image_token
+            picture = StillPicture(source, name, max_tiles)
+            parts.extend((picture, number) for number in range(1 + rows * cols))
+            sides.extend([image_side] * (1 + rows * cols))
+            return "\n".join([self.image_token] + [picture_tag * cols] * rows)
 
         def expand_video(source: Any) -> str:
-            frames, info = read_video(source, f"video {len(metadata)}", choose, self._square)
-            pixels.extend(frames)
+            name = f"video {len(metadata)}"
+            frames: list[tuple[StillPicture | VideoFile, int]]
+            if isinstance(source, str | Path | bytes | bytearray):
+                video, info = find_video(source, name, choose)
+                frames = [(video, number) for number in range(len(video.stamps))]
+            else:
+                info = _choose_pictures(source, name, choose)
+                frames = [
+                    (StillPicture(*find_picture(source[index], f"frame {index} of {name}")), 0)
+                    for index in info["frames_indices"]
+                ]
+            parts.extend(frames)
             sides.extend([frame_side] * len(frames))
             metadata.append(info)
             return f"<vid>{'<t>'.join([picture_tag] * len(frames))}</vid>"
 
         images_by_prompt = _by_prompt(images, [prompt.count(self.image_token) for prompt in prompts], "image")
         videos_by_prompt = _by_prompt(videos, [prompt.count(self.video_token) for prompt in prompts], "video")
-        rows: list[tuple[np.ndarray, np.ndarray]] = []  # ids (L,) and positions (L, 2) of each prompt
+        texts: list[str] = []
+        sides_by_prompt: list[list[int]] = []
+        bounds: list[tuple[list[int], list[int]]] = []
         for number, prompt in enumerate(prompts):
             before = len(sides)
             expanded, new_bounds, old_bounds = _substitute(
@@ -524,32 +316,11 @@ class LongLlavaProcessor(ProcessorMixin):
                     self.video_token: (expand_video(source) for source in videos_by_prompt[number]),
                 },
             )
-            if text is None:
-                continue
-            ids, offsets = self._tokenize(expanded, sides[before:])
-            # Back to positions in the prompt as it was given.
-            offsets = np.interp(offsets, new_bounds, old_bounds).astype(np.int64)
-            if add_special_tokens and ids[:1].tolist() != [self.tokenizer.bos_token_id]:
-                ids = np.concatenate([[self.tokenizer.bos_token_id], ids])
-                offsets = np.concatenate([[[0, 0]], offsets])
-            if truncation and max_length is not None:
-                keep = self._truncate(ids, max_length, number)
-                ids, offsets = ids[keep], offsets[keep]
-            rows.append((ids, offsets))
-
-        data: dict[str, Any] = {}
-        if text is not None:
-            data = self._pad(rows, padding, padding_side, pad_to_multiple_of, max_length, return_tensors)
-            if not return_offsets_mapping:
-                del data["offset_mapping"]
-            if return_mm_token_type_ids:
-                data["mm_token_type_ids"] = [(np.asarray(ids) == self.image_token_id) * 1 for ids in data["input_ids"]]
-        if pixels:
-            data["pixel_values"] = self._normalize(pixels)
-            data["image_grid_hw"] = np.repeat(np.array(sides, dtype=np.int64)[:, None], 2, axis=1)
-        if return_metadata:
-            data["video_metadata"] = metadata
-        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["video_metadata"])
+            texts.append(expanded)
+            sides_by_prompt.append(sides[before:])
+            bounds.append((new_bounds, old_bounds))
+        pictures = PictureStream(parts, TowerInput(self.image_processor))
+        return Expanded(texts, sides_by_prompt, pictures, bounds, metadata)
 
     def _image_tokens(self, tokens_per_image: int | None) -> int:
         return self.tokens_per_image if tokens_per_image is None else tokens_per_image
@@ -572,44 +343,15 @@ class LongLlavaProcessor(ProcessorMixin):
             )
         return sides[usable.index(tokens)]
 
-    def _square(self, picture: Image.Image) -> np.ndarray:
-        """(S, S, 3) uint8: the picture in the middle of a square of the mean colour, resized to the tower's input."""
-        side = max(picture.size)
-        if picture.width != picture.height:
-            # Truncated as in the original, which is where the last bit of the equality comes from.
-            mean_color = tuple(int(channel * 255) for channel in self.image_processor.image_mean)
-            canvas = Image.new("RGB", (side, side), mean_color)
-            canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-            picture = canvas
-        if side != self.image_size:
-            picture = picture.resize((self.image_size, self.image_size), self.image_processor.resample)
-        return np.asarray(picture)
-
-    def _normalize(self, pixels: list[np.ndarray]) -> np.ndarray:
-        """(N, 3, S, S) float32 of N pictures (S, S, 3) uint8: rescaled, and normalized with the tower's mean and std.
-
-        Both steps see one value of one channel at a time, so they are done once for each of the 256 values.
-        """
-        values = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))  # channels first, a picture of one row
-        table = normalize(
-            rescale(values, self.image_processor.rescale_factor),
-            mean=self.image_processor.image_mean,
-            std=self.image_processor.image_std,
-            input_data_format="channels_first",
-        )
-        out = np.empty((len(pixels), 3, self.image_size, self.image_size), dtype=np.float32)
-        for picture, slot in zip(pixels, out, strict=True):
-            for channel in range(3):
-                np.take(table[channel, 0], picture[..., channel], out=slot[channel], mode="clip")
-        return out
-
-    def _tokenize(self, prompt: str, sides: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids (L,) and positions in the prompt (L, 2), each picture's placeholder repeated side * side times.
+    def tokenize(self, expanded: str, sides: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids (L,) and positions in the text (L, 2), int64, of an expanded text: each `<image>` gives side * side ids.
 
         Each stretch between two pictures is tokenized by itself, as in the original; and to repeat ids instead of text
         keeps the text of a thousand pictures short.
         """
-        stretches = prompt.split(self.image_token)
+        stretches = expanded.split(self.image_token)
+        if len(sides) != len(stretches) - 1:
+            raise ValueError(f"the text has {len(stretches) - 1} {self.image_token}, but {len(sides)} sides are given")
         encoded = self.tokenizer(
             stretches, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True
         )
@@ -830,6 +572,19 @@ def _positive(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and value <= 0:
             raise ValueError(f"{name} must be above 0, not {value}")
+
+
+def _choose_pictures(source: Any, name: str, choose: Callable[[int, None], np.ndarray]) -> dict[str, Any]:
+    """What `find_video` tells of a file, of a sequence of pictures or an array; what that does not know is None."""
+    total = len(source)
+    if total == 0:
+        raise ValueError(f"{name} has 0 frames")
+    try:
+        indices = choose(total, None).tolist()
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    info = {"total_num_frames": total, "fps": None, "duration": None}
+    return {**info, "frames_indices": indices, "timestamps": None}
 
 
 def _is_list(value: Any) -> bool:

@@ -26,6 +26,9 @@ CODE = {
     "modeling_longllava.py",
     "selective_scan.py",
     "processing_longllava.py",
+    "picture_reading_longllava.py",
+    "picture_stream_longllava.py",
+    "video_reading_longllava.py",
 }
 FILES = CODE | {
     "config.json",

@@ -18,14 +18,8 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from transformers import LlavaImageProcessorPil
 
-from longllava.processing.processing_longllava import (
-    best_grid,
-    cut_tiles,
-    frame_indices,
-    read_picture,
-    read_video,
-    to_rgb,
-)
+from longllava.processing.picture_reading_longllava import best_grid, cut_tiles, read_picture, to_rgb
+from longllava.processing.video_reading_longllava import find_video, frame_indices
 
 RNG = np.random.default_rng(0)
 
@@ -120,7 +114,7 @@ def test_url(colors: np.ndarray, tmp_path: Path, video_file: Path, monkeypatch: 
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
         assert np.array_equal(np.asarray(read_picture(f"{address}/colors.png", "it")), colors)
-        frames, _ = read_video(f"{address}/video.mp4", "it", partial(frame_indices, **ALL), np.asarray)
+        frames, _ = read_video(f"{address}/video.mp4")
         assert len(frames) == 12
         with pytest.raises(ValueError, match=r"missing\.png' cannot be read as a picture: .*404"):
             read_picture(f"{address}/missing.png", "it")
@@ -280,7 +274,12 @@ def test_tiles_follow_their_picture(tiny_processor: Callable) -> None:
 
 # ---- video
 
-ALL: dict[str, Any] = {"num_frames": None, "fps": None, "max_frames": 1000}
+
+def read_video(path: Any, **options: Any) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """All chosen frames as arrays, and where they came from; all frames without options."""
+    choose = partial(frame_indices, **{"num_frames": None, "fps": None, "max_frames": 1000, **options})
+    video, info = find_video(path, "it", choose)
+    return [np.asarray(frame) for frame in video.frames(range(len(video.stamps)))], info
 
 
 def levels(frames: list[np.ndarray]) -> list[int]:
@@ -305,7 +304,7 @@ def levels(frames: list[np.ndarray]) -> list[int]:
     ],
 )
 def test_frames_of_a_file(options: dict[str, Any], expected: list[int], video_file: Path) -> None:
-    frames, info = read_video(video_file, "it", partial(frame_indices, **{**ALL, **options}), np.asarray)
+    frames, info = read_video(video_file, **options)
     assert levels(frames) == expected == info["frames_indices"]
     assert info["timestamps"] == pytest.approx([index / 6 for index in expected], abs=1e-3)
     assert (info["total_num_frames"], info["fps"]) == (12, 6.0)
@@ -327,9 +326,9 @@ def test_jumping_equals_reading_all(suffix: str, tmp_path: Path) -> None:
             frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 4 * index, dtype=np.uint8), format="rgb24")
             container.mux(stream.encode(frame.reformat(format=codec[1])))
         container.mux(stream.encode())
-    everything, info = read_video(path, "it", partial(frame_indices, **ALL), np.asarray)
+    everything, info = read_video(path)
     assert len(everything) == info["total_num_frames"] >= 60
-    sparse, info = read_video(path, "it", partial(frame_indices, **{**ALL, "num_frames": 5}), np.asarray)
+    sparse, info = read_video(path, num_frames=5)
     assert len(sparse) == 5
     for frame, index in zip(sparse, info["frames_indices"], strict=True):
         assert np.array_equal(frame, everything[index])
@@ -417,8 +416,8 @@ def test_turned_video(tmp_path: Path, video_file: Path) -> None:
     quarter = np.array([0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30], dtype=">i4").tobytes()  # clockwise
     path.write_bytes(content[:start] + quarter + content[start + 36 :])
 
-    upright, _ = read_video(video_file, "it", partial(frame_indices, **ALL), np.asarray)
-    turned, _ = read_video(path, "it", partial(frame_indices, **ALL), np.asarray)
+    upright, _ = read_video(video_file)
+    turned, _ = read_video(path)
     assert turned[0].shape == (64, 48, 3)
     assert np.array_equal(turned[5], np.rot90(upright[5], -1))
 

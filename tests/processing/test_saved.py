@@ -80,7 +80,12 @@ def test_flat_folder_works_in_a_clean_process(tmp_path: Path, tiny_processor: Ca
     """AutoProcessor and remote code give the same tensors; so does what it saves, loaded once more."""
     folder, again = tmp_path / "saved", tmp_path / "again"
     tiny_processor(max_frames=6).save_pretrained(folder)
-    assert {path.name for path in folder.glob("*.py")} == {"processing_longllava.py"}
+    assert {path.name for path in folder.glob("*.py")} == {
+        "processing_longllava.py",
+        "picture_reading_longllava.py",
+        "picture_stream_longllava.py",
+        "video_reading_longllava.py",
+    }
     expected = inputs_of(LongLlavaProcessor.from_pretrained(folder), tmp_path)
     assert set(expected) == {
         "input_ids",
