@@ -12,6 +12,7 @@ from .cache import LongLlavaCache
 from .configuration_longllava import LongLlavaConfig
 from .modeling_longllava import LongLlavaForConditionalGeneration, LongLlavaModel, LongLlavaPreTrainedModel
 from .selective_scan import selective_scan, selective_scan_backend, selective_scan_ref
+from .session import LongLlavaSession
 
 AutoConfig.register("longllava", LongLlavaConfig)
 for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM):
@@ -23,6 +24,7 @@ __all__ = [
     "LongLlavaForConditionalGeneration",
     "LongLlavaModel",
     "LongLlavaPreTrainedModel",
+    "LongLlavaSession",
     "selective_scan",
     "selective_scan_backend",
     "selective_scan_ref",
