@@ -118,25 +118,33 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1 ...")] = "auto",
+    session: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on from this file, if it exists, and keep there what was read and said.", dir_okay=False
+        ),
+    ] = None,
 ) -> None:
     """Ask about pictures and videos: one question, or a conversation.
 
-    The answer goes to the standard output while it is written; what each picture and video costs of the model's
-    window goes to the standard error.
+    The answer goes to the standard output while it is written; what each picture and video costs, and how much of the
+    model's window is taken, goes to the standard error.
 
     longllava chat a.jpg b.jpg -q "What changed?"
 
     longllava chat holiday/ film.mp4 --frames 32
+
+    longllava chat film.mp4 --session film.session, and tomorrow: longllava chat --session film.session
     """
     import sys
 
     import torch
     from transformers.utils import logging
 
-    from longllava.modeling_longllava import LongLlavaForConditionalGeneration
+    from longllava.modeling_longllava import LongLlavaForConditionalGeneration, LongLlavaSession
     from longllava.processing import LongLlavaProcessor
 
-    from .chat import Conversation, describe_costs, find_media
+    from .chat import describe_costs, describe_window, find_media, read_media
 
     found = find_media(media or [])
     source = model_or_pocket(model)
@@ -144,40 +152,44 @@ def chat(
         raise typer.BadParameter(f"--dtype is auto, float32, bfloat16 or float16, not {dtype}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    # One line about tokens and the answer are all that is to be seen.
+    # Of all that the libraries say, only how far the reading of many pictures has come is to be seen.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with loading(source):
         processor = LongLlavaProcessor.from_pretrained(source)
         network = LongLlavaForConditionalGeneration.from_pretrained(source, dtype=dtype).to(device).eval()
-    conversation = Conversation(
-        network,
-        processor,
-        found,
-        max_new_tokens=max_new_tokens,
-        tokens_per_image=tokens_per_image,
-        tokens_per_frame=tokens_per_frame,
-        sub_images=tiles > 0,
-        max_tiles=tiles or None,
-        num_frames=None if fps else frames,
-        fps=fps,
-        max_frames=frames if fps else None,
-    )
+    logging.enable_progress_bar()
+    if session is not None and session.exists():
+        talk = LongLlavaSession.load(session, network, processor)
+    else:
+        talk = LongLlavaSession(network, processor)
+    talk.options = {
+        "tokens_per_image": tokens_per_image,
+        "tokens_per_frame": tokens_per_frame,
+        "sub_images": tiles > 0,
+        "max_tiles": tiles or None,
+        "num_frames": None if fps else frames,
+        "fps": fps,
+        "max_frames": frames if fps else None,
+    }
+    for line in describe_costs(read_media(talk, found)):
+        typer.echo(line, err=True)
+    window = network.config.text_config.max_position_embeddings
     for text in questions(question):
-        first = not conversation.prompt
+        sys.stderr.flush()
         try:
-            conversation.add_question(text)
+            for piece in talk.stream(text, max_new_tokens=max_new_tokens):
+                typer.echo(piece, nl=False)
         except ValueError as error:
             # Pictures that cannot be read end it; a question that cannot be asked does not.
-            if first:
+            if question is not None:
                 raise
             typer.echo(f"longllava: {error}", err=True)
             continue
-        costs = conversation.costs if first else []
-        for line in describe_costs(costs, conversation.prompt_length, conversation.window):
-            typer.echo(line, err=True)
-        sys.stderr.flush()
-        conversation.answer()
+        typer.echo()
+        typer.echo(describe_window(talk.num_tokens, window), err=True)
+        if session is not None:
+            talk.save(session)
 
 
 def questions(question: str | None) -> Iterator[str]:

@@ -2,17 +2,16 @@
 
 import re
 import shutil
-import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from longllava.cli import app
-from longllava.cli.chat import Conversation, Cost, Medium, describe_costs, find_media
+from longllava.cli.chat import Cost, Medium, describe_costs, describe_window, find_media, read_media
+from longllava.modeling_longllava import LongLlavaSession
 
 runner = CliRunner()
 
@@ -44,85 +43,30 @@ def test_missing_path_and_empty_folder_are_named(tmp_path: Path) -> None:
         find_media([str(tmp_path / "empty")])
 
 
-@pytest.fixture
-def conversation(
-    tiny_model: Callable[..., Any],
-    tiny_processor: Callable[..., Any],
-    picture_files: list[Path],
-    video_file: Path,
-) -> Callable[..., Conversation]:
-    """A conversation about three pictures and, between the second and the third, a video."""
+def test_media_are_read_in_their_order(
+    tiny_model: Callable[..., Any], tiny_processor: Callable[..., Any], picture_files: list[Path], video_file: Path
+) -> None:
+    """Two pictures, a video, a picture, with a different number of tokens for frames and pictures."""
     media = [Medium("image", str(path)) for path in picture_files[:3]]
     media.insert(2, Medium("video", str(video_file)))
-
-    def build(**options: Any) -> Conversation:
-        model, processor = tiny_model(), tiny_processor()
-        # A random model writes bytes that are no text; only letters come back from the tokenizer as they were.
-        letters = {processor.tokenizer.convert_tokens_to_ids(letter) for letter in string.ascii_letters}
-        model.generation_config.suppress_tokens = [
-            token for token in range(len(processor.tokenizer)) if token not in letters
-        ]
-        return Conversation(model, processor, media, max_new_tokens=6, **options)
-
-    return build
-
-
-def test_costs_are_those_of_the_prompt(conversation: Callable[..., Conversation]) -> None:
-    """Each medium's share, in order, with a different number for frames and pictures; they add up to the prompt."""
-    talk = conversation(tokens_per_image=16, tokens_per_frame=4, num_frames=3)
-    talk.add_question("What?")
-    assert [(cost.views, cost.tokens) for cost in talk.costs] == [(1, 16), (1, 16), (3, 12), (1, 16)]
-    image_tokens = (talk.inputs["input_ids"] == talk.processor.image_token_id).sum().item()
-    assert image_tokens == 60
-    assert talk.prompt_length == talk.inputs["input_ids"].shape[1]
-
-
-def test_tiles_count_for_their_picture(conversation: Callable[..., Conversation]) -> None:
-    """90 x 40 and 37 x 81 pixels are each two tiles of 56 and the whole; 64 x 64 is more than one tile can hold."""
-    talk = conversation(sub_images=True, max_tiles=2, num_frames=2)
-    talk.add_question("What?")
-    assert all(cost.tokens == 4 * cost.views for cost in talk.costs)
-    assert [cost.views for cost in talk.costs][1:] == [3, 2, 3]
-
-
-def test_second_turn_reuses_the_cache_and_equals_a_fresh_run(conversation: Callable[..., Conversation]) -> None:
-    """The second answer on the kept cache is the one that a run over the whole conversation gives."""
-    talk = conversation()
-    talk.add_question("First?")
-    talk.answer()
-    first_prompt = talk.prompt_length
-    talk.add_question("Second?")
-    second = talk.answer()
-    assert talk.reused >= first_prompt, "the pictures were read a second time"
-
-    sources = [medium.source for medium in talk.media]
-    whole = talk.processor.apply_chat_template(talk.messages[:-1], add_generation_prompt=True, tokenize=False)
-    inputs = talk.processor(text=whole, images=[*sources[:2], sources[3]], videos=[sources[2]])
-    assert torch.equal(inputs["input_ids"], talk.inputs["input_ids"])
-    fresh = talk.model.generate(**inputs, max_new_tokens=6)[0, inputs["input_ids"].shape[1] :]
-    assert talk.processor.tokenizer.decode(fresh, skip_special_tokens=True) == second
-
-
-def test_an_answer_that_is_spelt_differently_drops_the_cache(conversation: Callable[..., Conversation]) -> None:
-    talk = conversation()
-    talk.add_question("First?")
-    talk.answer()
-    talk.messages[-1]["content"][0]["text"] = "something else"
-    talk.add_question("Second?")
-    talk.answer()
-    assert talk.reused == 0
+    session = LongLlavaSession(tiny_model(), tiny_processor(), tokens_per_image=16, tokens_per_frame=4, num_frames=3)
+    costs = read_media(session, media)
+    assert [cost.medium for cost in costs] == media
+    assert [(cost.views, cost.tokens) for cost in costs] == [(1, 16), (1, 16), (3, 12), (1, 16)]
+    paths = [block["path"] for block in session.messages[0]["content"]]
+    assert paths == [medium.source for medium in media]
 
 
 def test_description_groups_equal_costs() -> None:
     costs = [Cost(Medium("image", f"{index}.png"), 1, 36) for index in range(5)]
     costs += [Cost(Medium("video", "v.mp4"), 8, 288), Cost(Medium("image", "big.png"), 13, 468)]
-    assert describe_costs(costs, 1000, 4096) == [
+    assert describe_costs(costs) == [
         "0.png ... 4.png: 5 pictures, 36 tokens each, 180 together",
         "v.mp4: 8 frames, 288 tokens",
         "big.png: whole and 12 tiles, 468 tokens",
-        "1000 of the window's 4096 tokens",
     ]
-    assert "longer than the window" in describe_costs([], 5000, 4096)[0]
+    assert describe_window(1000, 4096) == "1000 of the window's 4096 tokens"
+    assert "longer than the window" in describe_window(5000, 4096)
 
 
 def test_one_question(tiny_folder: Path, picture_files: list[Path], video_file: Path) -> None:
@@ -145,6 +89,18 @@ def test_conversation_reads_lines(tiny_folder: Path, picture_files: list[Path]) 
     assert result.exit_code == 0, result.output
     assert len(re.findall(r"^\d+ of the window's 262144 tokens$", result.stderr, flags=re.MULTILINE)) == 2
     assert result.stderr.count("picture0.png") == 1
+
+
+def test_a_session_goes_on_another_day(tiny_folder: Path, picture_files: list[Path], tmp_path: Path) -> None:
+    kept = tmp_path / "kept.session"
+    arguments = ["--model", str(tiny_folder), "--max-new-tokens", "3", "--session", str(kept)]
+    first = runner.invoke(app, ["chat", *map(str, picture_files), "-q", "First?", *arguments])
+    assert first.exit_code == 0, first.output
+    second = runner.invoke(app, ["chat", "-q", "Second?", *arguments])
+    assert second.exit_code == 0, second.output
+    assert "picture" not in second.stderr  # nothing was read again
+    tokens = [int(re.search(r"(\d+) of the window's", result.stderr)[1]) for result in (first, second)]
+    assert tokens[1] > tokens[0] > 16
 
 
 def test_fps_with_a_limit(tiny_folder: Path, video_file: Path) -> None:
