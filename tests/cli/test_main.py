@@ -163,6 +163,24 @@ def test_evaluate_needle_takes_needles_one_by_one_or_from_a_file(
     assert needle_settings["needles"] == [(str(tmp_path / "a.png"), "Who?", "Ann")]
 
 
+def test_evaluate_needle_looks_into_a_video(tiny_folder: Path, video_file: Path, picture_files: list[Path]) -> None:
+    """The whole way with a random model: nothing is found, and everything is written."""
+    output = tiny_folder / "needle"
+    arguments = ["--model", str(tiny_folder), "--haystack", str(video_file), "--output", str(output)]
+    arguments += ["--needle", str(picture_files[0]), "--question", "Which pattern?", "--answer", "Blocks."]
+    result = runner.invoke(app, ["evaluate", "needle", *arguments, "--lengths", "4,12", "--depths", "0,100"])
+    assert result.exit_code == 0, result.output
+    assert "| 100 % | 0.0 | 0.0 |" in result.stdout and "0.0 % of 4 needles" in result.stdout
+    assert {path.name for path in output.iterdir()} == {"needle.jsonl", "needle.json", "needle.png"}
+    report = json.loads((output / "needle.json").read_text())
+    assert report["settings"]["haystack"] == str(video_file) and report["settings"]["model"] == tiny_folder.name
+    assert [answer["expected"] for answer in report["answers"]] == ["Blocks."] * 4
+
+    result = runner.invoke(app, ["evaluate", "needle", *arguments, "--lengths", "4,13", "--depths", "0,100"])
+    assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
+    assert "12 frames" in result.stderr and "13" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

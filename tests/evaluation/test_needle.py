@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from tqdm import tqdm
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
+from longllava.evaluation import needle
 from longllava.evaluation.needle import (
     Cell,
     Needle,
@@ -41,14 +43,18 @@ class Recorder:
         self.seen = seen or []
         self.shared = shared or {"reads": [], "haystacks": []}
         self.turns = 0
+        self.forks: WeakSet[Recorder] = WeakSet()
 
     def watch(self, images: list[Any]) -> None:
         assert self.turns == 0, "a question was left in the conversation"
+        assert not self.forks, "a fork is alive, so that this session has to copy its cache"
         self.seen += images
         self.shared["reads"] += images
 
     def fork(self) -> "Recorder":
-        return Recorder(list(self.seen), self.shared)
+        fork = Recorder(list(self.seen), self.shared)
+        self.forks.add(fork)
+        return fork
 
     def ask(self, question: str, max_new_tokens: int) -> str:
         self.turns += 1
@@ -125,8 +131,8 @@ def test_drawn_frames_are_functions_of_seed_trial_and_number() -> None:
 def test_only_the_drawn_needle_is_red() -> None:
     assert all(frame.getpixel((0, 0)) != RED for frame in draw_frames(0, 0, 200))
     drawn = [draw_needle(0, trial, place) for trial in range(10) for place in range(8)]
-    assert all(needle.picture.getpixel((0, 0)) == RED and "red" in needle.question for needle in drawn)
-    assert {needle.answer for needle in drawn} == set("0123456789")
+    assert all(red.picture.getpixel((0, 0)) == RED and "red" in red.question for red in drawn)
+    assert {red.answer for red in drawn} == set("0123456789")
 
 
 @pytest.mark.parametrize(
@@ -148,30 +154,30 @@ def test_answers_are_compared_after_normalisation(answer: str, expected: str, ri
     assert is_right(answer, expected) is right
 
 
-def test_frames_of_a_folder_come_in_the_order_of_their_numbers_evenly_spaced(tmp_path: Path) -> None:
+def test_frames_of_a_folder_come_in_the_order_of_their_numbers_evenly_spaced(tiny_processor, tmp_path: Path) -> None:
     for number in range(12):
         Image.new("L", (300, 100), 20 * number).save(tmp_path / f"frame{number}.png")
-    frames = read_frames(tmp_path, 4, side=56)
-    assert [frame.getpixel((3, 3)) for frame in frames] == [(20 * n,) * 3 for n in (0, 4, 7, 11)]
-    assert frames[0].size == (56, 19)
+    frames = read_frames(tmp_path, 4, tiny_processor())
+    assert [frame.getpixel((3, 28)) for frame in frames] == [(20 * n,) * 3 for n in (0, 4, 7, 11)]
+    assert {frame.size for frame in frames} == {(56, 56)}
     with pytest.raises(ValueError, match="12 frames.* 13"):
-        read_frames(tmp_path, 13, side=56)
+        read_frames(tmp_path, 13, tiny_processor())
 
 
-def test_frames_of_a_video_are_evenly_spaced(video_file: Path) -> None:
-    frames = read_frames(video_file, 3, side=56)
-    grey = [np.asarray(frame).mean() for frame in frames]
-    assert grey == pytest.approx([0, 120, 220], abs=8) and frames[0].size == (56, 42)
+def test_frames_of_a_video_are_evenly_spaced(tiny_processor, video_file: Path) -> None:
+    frames = read_frames(video_file, 3, tiny_processor())
+    assert [frame.getpixel((28, 28))[0] for frame in frames] == pytest.approx([0, 120, 220], abs=8)
+    assert {frame.size for frame in frames} == {(56, 56)}
     with pytest.raises(ValueError, match="12 frames.* 100"):
-        read_frames(video_file, 100, side=56)
+        read_frames(video_file, 100, tiny_processor())
 
 
-def test_a_haystack_is_one_thing(video_file: Path, tmp_path: Path) -> None:
+def test_a_haystack_is_one_thing(tiny_processor, video_file: Path, tmp_path: Path) -> None:
     Image.new("L", (30, 30)).save(tmp_path / "frame.png")
     with pytest.raises(ValueError, match="1 videos and 1 pictures"):
-        read_frames(tmp_path, 1, side=56)
+        read_frames(tmp_path, 1, tiny_processor())
     with pytest.raises(FileNotFoundError, match="gone"):
-        read_frames(tmp_path / "gone", 1, side=56)
+        read_frames(tmp_path / "gone", 1, tiny_processor())
 
 
 def test_needles_come_from_a_file(tmp_path: Path) -> None:
@@ -230,7 +236,7 @@ def tiny(tiny_model, tiny_processor) -> tuple:
 
 @pytest.fixture
 def seer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longllava.modeling_longllava.LongLlavaSession", Seer, raising=False)
+    monkeypatch.setattr(needle, "LongLlavaSession", Seer)
 
 
 def test_the_report_holds_what_was_asked_and_its_shares(seer, tiny: tuple, tmp_path: Path) -> None:
@@ -251,7 +257,7 @@ def test_the_report_holds_what_was_asked_and_its_shares(seer, tiny: tuple, tmp_p
     }  # fmt: skip
     assert {answer["expected"] for answer in report["answers"]} == {"0", "1", "2"}
     assert report["settings"]["tokens_per_frame"] == Seer.tokens == 4
-    assert "| 0 % | 100.0 | 0.0 |" in table(report) and "83.3% of 18" in table(report)
+    assert "| 0 % | 100.0 | 0.0 |" in table(report) and "83.3 % of 18" in table(report)
     width, height = Image.open(output / "needle.png").size
     assert width > 500 and height > 300
 
@@ -292,7 +298,25 @@ def test_a_model_trained_further_is_another_model(seer, tiny: tuple, tmp_path: P
         evaluate_needle(model, processor, tmp_path / "out", **settings)
 
 
-def test_impossible_settings_are_refused(seer, tiny: tuple, video_file: Path, tmp_path: Path) -> None:
+def test_answers_are_those_of_a_fresh_reading(tiny: tuple, tmp_path: Path) -> None:
+    """With a real session, whose answers stand for whatever the random model saw."""
+    model, processor = tiny
+    report = evaluate_needle(model, processor, tmp_path / "out", [3, 6], [0, 100], trials=1, seed=5)
+    for answer in report["answers"]:
+        place = round(answer["length"] * answer["depth"] / 100)
+        pictures = draw_frames(5, 0, answer["length"])
+        pictures.insert(place, draw_needle(5, 0, place).picture)
+        blocks = [{"type": "image", "image": picture} for picture in pictures]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": [*blocks, {"type": "text", "text": answer["question"]}]}],
+            add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+        )  # fmt: skip
+        tokens = model.generate(**inputs, max_new_tokens=needle.MAX_NEW_TOKENS)[:, inputs["input_ids"].shape[1] :]
+        assert processor.batch_decode(tokens, skip_special_tokens=True) == [answer["answer"]]
+    assert len({answer["answer"] for answer in report["answers"]}) > 1
+
+
+def test_impossible_settings_are_refused(tiny: tuple, video_file: Path, tmp_path: Path) -> None:
     for settings, says in (
         ({"lengths": [0, 5], "depths": [0]}, r"\[0, 5\]"),
         ({"lengths": [5], "depths": [0, 101]}, r"\[0, 101\]"),
