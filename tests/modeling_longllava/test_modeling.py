@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, DynamicCache, JambaForCausalLM, StaticCache
+from transformers import CLIPVisionModel, CompileConfig, DynamicCache, JambaForCausalLM, StaticCache
 from transformers.models.jamba.modeling_jamba import JambaMambaMixer
 
 from longllava.modeling_longllava import LongLlavaConfig, LongLlavaForConditionalGeneration
@@ -248,6 +248,25 @@ def test_a_decode_step_is_one_graph(tiny_model):
         position_ids=torch.tensor([[10]]),
     )
     assert_close(outputs.logits, model(ids).logits[:, -1:])
+
+
+@torch.no_grad()
+def test_generation_with_a_compiled_step_gives_the_same_tokens(tiny_model, monkeypatch):
+    """`generate` compiles by itself on a GPU only; here it is told to, with a backend that builds nothing."""
+    model = tiny_model()
+    inputs, settings = mixed_batch()[1], {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    expected = model.generate(**inputs, **settings)
+    monkeypatch.setattr(model, "_valid_auto_compile_criteria", lambda *_: True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = model.generate(
+        **inputs,
+        **settings,
+        cache_implementation="static",
+        compile_config=CompileConfig(backend="aot_eager", mode=None, fullgraph=True, dynamic=False),
+    )
+    assert compiled.tolist() == expected.tolist()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @torch.no_grad()
