@@ -115,16 +115,18 @@ def read_frames(source: str | Path, count: int, processor: LongLlavaProcessor) -
             f"{len(media) - len(videos)} pictures"
         )
 
-    def choose(total: int, times: np.ndarray | None) -> np.ndarray:
-        if total < count:
-            raise ValueError(f"{source} has {total} frames, and the longest haystack is to have {count}")
+    def choose(total: int, times: np.ndarray | None = None) -> np.ndarray:
         return frame_indices(total, None, num_frames=count, fps=None, max_frames=count)
 
+    pictures: Iterator[Image.Image]
     if videos:
-        pictures = find_video(videos[0], str(source), choose)[0].frames(range(count))
+        video, info = find_video(videos[0], videos[0], choose)
+        total, pictures = info["total_num_frames"], video.frames(range(len(video.stamps)))
     else:
-        chosen = [media[index].source for index in choose(len(media), None)]
-        pictures = (read_picture(path, path, side=processor.image_size) for path in chosen)
+        chosen = [media[index].source for index in choose(len(media))]
+        total, pictures = len(media), (read_picture(path, path, side=processor.image_size) for path in chosen)
+    if total < count:
+        raise ValueError(f"{source} has {total} frames, and the longest haystack is to have {count}")
     prepare = TowerInput(processor.image_processor)
     frames = []
     with progress(count, "frame") as bar:
