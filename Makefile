@@ -15,8 +15,7 @@ export OMP_NUM_THREADS ?= 1
 GPU_PYTHON ?= $(or $(wildcard $(BIN)/python),$(PYTHON))
 GPU_NAME = $(shell nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 | tr -c '[:alnum:]\n' '-')
 RESULTS = results/$(shell date +%F)-$(GPU_NAME)
-ON_GPU = env -u OMP_NUM_THREADS PYTHONPATH=$(CURDIR)/build/gpu PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
-	$(GPU_PYTHON) -m
+ON_GPU = env -u OMP_NUM_THREADS PYTHONPATH=$(CURDIR)/build/gpu $(GPU_PYTHON) -m
 MEASURE = $(ON_GPU) longllava.evaluation.efficiency
 
 .PHONY: demo test test-oldest quality format clean gpu gpu-packages gpu-test gpu-scan gpu-prefill gpu-images \

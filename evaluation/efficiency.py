@@ -135,7 +135,7 @@ def images(
     from longllava.evaluation import measurements
 
     where, kind = place(device, dtype)
-    name = size or ("9b" if where.type == "cuda" else "pocket")
+    name = size or _size(where.type == "cuda")
     piece = prefill_chunk_size or (8192 if name in ("9b", "53b") else 512)
     whole, last = numbers("counts", counts), numbers("tail", tail)
     show(measurements.measure_images(where, kind, name, whole, last, tokens_per_image, piece, budget_gb, output))
@@ -160,7 +160,7 @@ def decode(
     context: typer.Context,
     size: Size = None,
     contexts: Annotated[str | None, typer.Option(help="Tokens of the cache, which is filled, not read.")] = None,
-    who: Annotated[str | None, typer.Option(help="Of longllava, longllava static, transformers.")] = None,
+    who: Annotated[str | None, typer.Option(help="Of longllava, transformers, longllava static.")] = None,
     tokens: Annotated[int, typer.Option(help="New tokens of a run.", min=1)] = 32,
     repeats: Repeats = 5,
     device: Device = "auto",
@@ -173,7 +173,7 @@ def decode(
     where, kind = place(device, dtype)
     large = where.type == "cuda"
     lengths = numbers("contexts", contexts or ("1024,100000,1000000,2900000" if large else "1024,32768,150000"))
-    names = chosen(who, ("longllava", "longllava static", "transformers"))
+    names = chosen(who, ("longllava", "transformers", "longllava static"))
     name = size or _size(large)
     show(measurements.measure_decode(where, kind, name, lengths, names, tokens, repeats, output))
 

@@ -24,17 +24,21 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is a GPU where there is one; else any name that torch knows.
+    """`cpu`, `cuda` or one such as `cuda:1`; `auto` is a GPU where there is one.
 
     Raises:
-        ValueError: if a GPU is asked for and torch sees none.
+        ValueError: for another device, or if a GPU is asked for and torch sees none.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"--device is auto, cpu or cuda, not {name}")
+    if kind == "cpu":
+        return torch.device(kind)
+    if not torch.cuda.is_available():
         raise ValueError(f"--device {name}: torch {torch.__version__} sees no GPU here")
-    return device
+    return torch.device(kind, int(index or torch.cuda.current_device()))
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -32,6 +32,7 @@ from longllava.evaluation.pocket_tasks import COLOURS, QUESTIONS
 from longllava.modeling_longllava import (
     LongLlavaCache,
     LongLlavaForConditionalGeneration,
+    LongLlavaSession,
     selective_scan_backend,
 )
 from longllava.processing import LongLlavaProcessor
@@ -128,7 +129,7 @@ def measure_prefill(
         {
             "tokens": ",", "who": "<s", "seconds": ",.3f", "tokens_per_second": ",.0f", "gigabytes": ".3f",
             "gigabytes_in_all": ".2f", "times_transformers": ".1f", "limit_seconds": ".3f", "of_limit": ".1%",
-            "paper_seconds": ".1f", "difference": ".1e", "note": "<s",
+            "paper_seconds": ".1f", "paper_gigabytes": ".1f", "difference": ".1e", "note": "<s",
         },
         limits(device, dtype),
     )  # fmt: skip
@@ -150,7 +151,7 @@ def measure_prefill(
             if name == "longllava":
                 row["times_transformers"] = ratio(outcome.seconds, outcomes["transformers"].seconds)
                 if tokens == paper.get("context"):
-                    row["paper_seconds"] = paper["prefill_seconds"]
+                    row |= {"paper_seconds": paper["prefill_seconds"], "paper_gigabytes": paper["gigabytes"]}
             elif outcome.result is not None and outcomes["longllava"].result is not None:
                 row["difference"] = workloads.difference((outcomes["longllava"].result,), (outcome.result,))
             if name not in contest.left:
@@ -234,10 +235,20 @@ def measure_images(
         for pictures in tails:
             report.add({"pictures": pictures, "shown_by": "last pieces"} | reader.measured(reader.end, pictures))
         if budget_gb is not None:
-            found = largest(lambda pictures: "seconds" in reader.measured(reader.end, pictures))
-            report.summary["largest_number_of_pictures"] = found
-            beside = f"; the paper: {PAPER[size]['pictures']:,} on 80 GB" if "pictures" in PAPER.get(size, {}) else ""
-            report.lines.append(f"{found:,} pictures fit into {budget_gb:g} GB, shown by the last pieces{beside}")
+            reasons = [""]
+
+            def fits(pictures: int) -> bool:
+                found = reader.measured(reader.end, pictures)
+                reasons.append(found.get("note") or reasons[-1])
+                return "seconds" in found
+
+            most = largest(fits)
+            report.summary |= {"largest_number_of_pictures": most, "why_not_more": reasons[-1]}
+            report.lines.append(
+                f"{most:,} pictures fit into {budget_gb:g} GB, shown by the last pieces; more: {reasons[-1]}"
+            )
+            if "pictures" in PAPER.get(size, {}):
+                report.lines.append(f"the paper: {PAPER[size]['pictures']:,} pictures on a GPU of 80 GB")
     whole = [row for row in report.rows if row["shown_by"] == "whole prompt" and "gigabytes" in row]
     if len(whole) > 1 and whole[-2]["gigabytes"]:
         for key, what in (("gigabytes", "the weights"), ("gigabytes_beside", "weights and cache")):
@@ -496,8 +507,6 @@ def measure_session(
 
     From scratch is a fresh `generate` on the whole conversation up to the question: files, pictures, turns and all.
     """
-    from longllava.modeling_longllava import LongLlavaSession
-
     report = Report(
         "session",
         folder,

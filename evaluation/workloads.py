@@ -46,21 +46,17 @@ def scan_inputs(
     channels: int, length: int, states: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> ScanInputs:
     """Random inputs of one scan as a trained Mamba layer sees them: A = -1 .. -states, time steps near 0.05."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
+    widths = {"x": channels, "dt": channels, "B": states, "C": states, "z": channels}
     inputs = {
-        "x": torch.randn(1, length, channels, generator=generator),
-        "dt": torch.randn(1, length, channels, generator=generator) - 3,
-        "B": torch.randn(1, length, states, generator=generator),
-        "C": torch.randn(1, length, states, generator=generator),
-        "z": torch.randn(1, length, channels, generator=generator),
+        name: torch.randn(1, length, width, generator=generator, device=device).to(dtype)
+        for name, width in widths.items()
     }
-    weights = {
-        "A": -torch.arange(1.0, states + 1).repeat(channels, 1),
-        "D": torch.ones(channels),
-        "dt_bias": torch.zeros(channels),
-    }
-    return {name: tensor.to(device, dtype) for name, tensor in inputs.items()} | {
-        name: tensor.to(device) for name, tensor in weights.items()
+    inputs["dt"] -= 3
+    return inputs | {
+        "A": -torch.arange(1.0, states + 1, device=device).repeat(channels, 1),
+        "D": torch.ones(channels, device=device),
+        "dt_bias": torch.zeros(channels, device=device),
     }
 
 
@@ -163,7 +159,8 @@ def difference(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float
 
 def build_config(name: str) -> LongLlavaConfig:
     """`9b` and `53b` have the sizes of the released models, `pocket` that of the shipped one; `small` has a language
-    model of 8 layers of 128. Ids are those of `build_processor`'s tokenizer.
+    model of 8 layers of 128 and reads pictures as large as the released ones do. Ids are those of the pocket's
+    tokenizer, which `build_processor` uses for all.
 
     Raises:
         ValueError: if there is no such name.
@@ -180,9 +177,11 @@ def build_config(name: str) -> LongLlavaConfig:
         vocab_size=1024, hidden_size=128, intermediate_size=448, num_hidden_layers=8, num_attention_heads=4,
         num_key_value_heads=2, num_experts=1, router_aux_loss_coef=0.0,
     )  # fmt: skip
-    return LongLlavaConfig(
-        vision_config=pocket.build_config().vision_config, text_config=text, image_token_id=3, tokens_per_image=4
-    )
+    vision = {
+        "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 1,
+        "image_size": 336, "patch_size": 14, "projection_dim": 64,
+    }  # fmt: skip
+    return LongLlavaConfig(vision_config=vision, text_config=text, image_token_id=3, tokens_per_image=4)
 
 
 def build_model(
