@@ -1,6 +1,9 @@
 """The measurements: their figures are there and fit together, and what they compare computes the same."""
 
 import json
+import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +113,48 @@ def test_a_budget_needs_a_gpu() -> None:
     assert result.exit_code == 1 and "--budget-gb 80 needs a GPU" in result.stderr
 
 
+def test_a_budget_is_searched_and_says_what_stopped_it(tmp_path: Path, monkeypatch) -> None:
+    """Where more than 1,234 pictures are too many, between 1,222 and 1,234 are found."""
+
+    def end(self: Any, pictures: int) -> dict[str, Any]:
+        if pictures > 1234:
+            raise torch.OutOfMemoryError("too much")
+        return {"tokens": pictures, "cache": 0, "seconds": 1.0}
+
+    monkeypatch.setattr(measurements, "budget", lambda device, gigabytes: nullcontext())
+    monkeypatch.setattr(measurements._Reader, "end", end)
+    options = ["--config", "pocket", "--counts", "2", "--tail", "3", "--prefill-chunk-size", "16", "--device", "cpu"]
+    figures, printed = run(tmp_path, "images", *options, "--budget-gb", "80")
+    assert 1222 <= figures["summary"]["largest_number_of_pictures"] <= 1234
+    assert "more: out of memory" in printed
+
+
+def test_one_measurement_that_fails_loses_no_other(tmp_path: Path, monkeypatch) -> None:
+    read = measurements._Reader.read
+
+    def fails_at_three(self: Any, pictures: int) -> dict[str, Any]:
+        if pictures == 3:
+            raise RuntimeError("no such kernel")
+        return read(self, pictures)
+
+    monkeypatch.setattr(measurements._Reader, "read", fails_at_three)
+    options = ["--config", "pocket", "--counts", "2,3,4", "--prefill-chunk-size", "16", "--device", "cpu"]
+    arguments = ["evaluate", "efficiency", "images", *options, "--output", str(tmp_path)]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0 and "no such kernel" in result.stdout
+    rows = json.loads((tmp_path / "images.json").read_text())["rows"]
+    assert ["seconds" in row for row in rows] == [True, False, True]
+
+
+def test_without_matplotlib_there_is_no_plot_and_a_line_says_so(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    report = measure.Report(
+        "name", tmp_path, {}, {}, {}, plot={"title": "", "x_label": "", "y_label": "", "series": {}}
+    )
+    report.add({"tokens": 1})
+    assert "no plot" in report.draw() and [path.name for path in tmp_path.iterdir()] == ["name.json"]
+
+
 def test_pictures_are_prepared_as_the_peer_prepares_them(tmp_path: Path) -> None:
     figures, _ = run(tmp_path, "pictures", "--count", "2", "--repeats", "1")
     ours, theirs = figures["rows"]
@@ -157,7 +202,7 @@ def test_a_contender_that_fails_or_is_slow_leaves_the_others_alone() -> None:
         raise torch.OutOfMemoryError("too much")
 
     contest = measure.Contest(torch.device("cpu"), repeats=3, limit=0.05)
-    contenders = {"good": lambda: calls.append(1), "fails": fail, "slow": lambda: torch.tensor(0.1).item() and wait()}
+    contenders = {"good": lambda: calls.append(1), "fails": fail, "slow": lambda: time.sleep(0.06)}
     first = contest.run("size 1", contenders)
     assert len(first["good"].seconds) == 3 and len(calls) == 4  # the first run is not timed
     assert first["fails"].median is None and first["fails"].note == "out of memory"
@@ -165,12 +210,6 @@ def test_a_contender_that_fails_or_is_slow_leaves_the_others_alone() -> None:
     second = contest.run("size 2", contenders)
     assert len(second["good"].seconds) == 3 and len(calls) == 8
     assert "out of memory at size 1" in second["fails"].note and second["slow"].median is None
-
-
-def wait() -> None:
-    import time
-
-    time.sleep(0.06)
 
 
 def test_ratio_is_the_median_of_pairs() -> None:
