@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import get_sampling
 from transformers.image_transforms import normalize, rescale
 
 EXIF_ORIENTATION = 0x0112
@@ -73,7 +74,7 @@ def read_picture(source: Any, name: str, *, side: int | None = None) -> Image.Im
         if isinstance(source, str | bytes | bytearray):
             if side is not None and (small := _draft(source, side)) is not None:
                 return to_rgb(small)
-            with Image.open(_file(source)) as picture:
+            with Image.open(as_file(source)) as picture:
                 picture.load()
                 return to_rgb(picture)
         if isinstance(source, Image.Image):
@@ -93,7 +94,7 @@ def picture_size(source: Any, name: str) -> tuple[int, int]:
     source, name = find_picture(source, name, download=True)
     with _errors_name(name):
         if isinstance(source, str | bytes | bytearray):
-            with Image.open(_file(source)) as picture:
+            with Image.open(as_file(source)) as picture:
                 if picture.format in JPEG:
                     turned = picture.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
                     return (picture.height, picture.width) if turned else picture.size
@@ -143,31 +144,34 @@ def _open_string(source: str) -> str | bytes:
     raise FileNotFoundError(f"there is no file {source[:100]!r}")
 
 
-def _file(source: str | bytes | bytearray) -> str | BytesIO:
+def as_file(source: str | bytes | bytearray) -> str | BytesIO:
+    """What libraries open: a path, or content as a file."""
     return source if isinstance(source, str) else BytesIO(source)
 
 
 # ---- JPEGs far larger than the tower needs
 
-# A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size for a fraction of the time. How far that is from a full decode
-# in the tower's input, in steps of 255, was measured on photographs, synthetic ones, noise, gratings, drawings, print:
-# - with at least 8 drafted pixels per pixel of the tower all but the last two stay within 2, on average within 0.2;
-#   with 6 noise reaches 3, with 4 noise and photographs 7;
-# - hard edges at black or white do not (19): the full decode clips its overshoot there and the draft never has it.
-DRAFT_OVERSIZE = 8
+# A JPEG can be decoded at 1/2 or 1/4 of its size. In the tower's input that stays within 2 of 255 of a full decode, on
+# average within 0.2, under three conditions; measured on photographs, noise, gratings, print and drawings:
+# - at least 12 drafted pixels per pixel of the tower; with 10 coarse noise is off by 3, with 4 photographs are too;
+# - colours stored at the full size. Where they are not, a full decode mixes those of neighbours at an edge and cuts
+#   off what leaves 0..255; the draft does not, and is off by up to 4;
+# - no hard edges at black and white, where a full decode cuts off the overshoot of JPEG; drawings are off by up to 6.
+#   They show in the draft, which then was in vain: half of the photographs.
+DRAFT_OVERSIZE = 12
 DRAFT_CLIPPED = 12 * 255
 _BLACK_OR_WHITE = [255 if value <= 2 or value >= 253 else 0 for value in range(256)]
 
 
 def _draft(source: str | bytes | bytearray, side: int) -> Image.Image | None:
-    """A JPEG decoded at a part of its size; None where it is too small for that, or its edges are too hard."""
-    with Image.open(_file(source)) as picture:
-        if picture.format not in JPEG or picture.mode not in ("L", "RGB"):
+    """A JPEG decoded at a part of its size, to be made `side` pixels; None where that would not be close enough."""
+    with Image.open(as_file(source)) as picture:
+        if picture.format not in JPEG or not (picture.mode == "L" or get_sampling(picture) == 0):
             return None
-        longest = max(picture.size)
-        for part in (8, 4, 2):
+        for part in (4, 2):
             # An even number of drafted pixels each way: the picture then keeps its place in the middle of its square.
-            if longest >= part * DRAFT_OVERSIZE * side and not any(size % (2 * part) for size in picture.size):
+            even = not any(size % (2 * part) for size in picture.size)
+            if even and max(picture.size) >= part * DRAFT_OVERSIZE * side:
                 picture.draft(None, (picture.width // part, picture.height // part))
                 picture.load()
                 return None if _has_hard_edges(picture) else picture
@@ -175,10 +179,10 @@ def _draft(source: str | bytes | bytearray, side: int) -> Image.Image | None:
 
 
 def _has_hard_edges(picture: Image.Image) -> bool:
-    """Whether black or white pixels (0 or 255 in a channel) meet others in one pixel of the tower's input."""
-    limits = picture.point(_BLACK_OR_WHITE * len(picture.getbands()))
-    share = np.asarray(limits.reduce(DRAFT_OVERSIZE), dtype=np.int64)
-    mean = np.asarray(picture.reduce(DRAFT_OVERSIZE), dtype=np.int64)
+    """Whether black or white (0 or 255 in a channel) shares a pixel of the tower's input with something else."""
+    black_or_white = picture.point(_BLACK_OR_WHITE * len(picture.getbands()))
+    share = np.asarray(black_or_white.reduce(DRAFT_OVERSIZE), dtype=np.int32)
+    mean = np.asarray(picture.reduce(DRAFT_OVERSIZE), dtype=np.int32)
     return bool((share * np.minimum(mean, 255 - mean)).max() > DRAFT_CLIPPED)
 
 

@@ -2,14 +2,13 @@
 
 import bisect
 from collections.abc import Callable, Iterator, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from .picture_reading_longllava import fetch, is_url
+from .picture_reading_longllava import as_file, fetch, is_url
 
 
 def frame_indices(
@@ -58,7 +57,7 @@ class VideoFile(NamedTuple):
                 stop = start + 1
                 while stop < len(parts) and parts[stop] > parts[stop - 1]:
                     stop += 1
-                with av.open(_file(self.file)) as container:
+                with av.open(as_file(self.file)) as container:
                     yield from self._decode(container, [self.stamps[part] for part in parts[start:stop]])
                 start = stop
         except (OSError, ValueError, av.FFmpegError) as error:
@@ -116,7 +115,8 @@ def find_video(
 
         # The packets alone, which costs no decoding: many formats do not say how many frames they hold, and only the
         # packets say when each frame is shown and where decoding can start.
-        with av.open(_file(file)) as container:
+        container: Any
+        with av.open(as_file(file)) as container:
             if not container.streams.video:
                 raise ValueError("it has no video stream")
             stream = container.streams.video[0]
@@ -143,7 +143,3 @@ def find_video(
     video = VideoFile(file, name, [stamps[index] for index in indices], keys, counted)
     info = {"total_num_frames": len(stamps), "fps": rate, "duration": float(times[-1]) + (1 / rate if rate else 0.0)}
     return video, {**info, "frames_indices": indices.tolist(), "timestamps": times[indices].round(6).tolist()}
-
-
-def _file(source: str | bytes) -> str | BytesIO:
-    return source if isinstance(source, str) else BytesIO(source)
