@@ -92,13 +92,16 @@ def _one_query(
 def _causal(query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None) -> Tensor:
     """(B, heads, L, D) over S >= L keys, of which the last L are those of the queries themselves."""
     length, past = query.shape[2], key.shape[2] - query.shape[2]
-    options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    grouped = query.shape[1] != key.shape[1]
     if past == 0:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
+        return F.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
+        )
     if query.device.type != "cpu" or (torch.is_grad_enabled() and query.requires_grad):
         # FlashAttention knows a causal mask that ends in the lower right corner; PyTorch's CPU kernel does not.
+        mask = causal_lower_right(length, length + past)
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=causal_lower_right(length, length + past), **options
+            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=grouped
         )
     # Two softmaxes, over the past, which every new token sees in full, and over the new tokens, joined by their sums.
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -31,7 +31,11 @@ class GrowingLayer(DynamicLayer):
     itself, since what follows belongs to it. Another one moves to a buffer of its own when it is written to.
     """
 
-    def __init__(self):
+    keys: Any
+    values: Any
+    is_initialized: bool
+
+    def __init__(self) -> None:
         super().__init__()
         self.reserved = 0  # tokens to make room for when the buffer has to move anyway
         self._buffer: _Buffer | None = None
@@ -127,6 +131,8 @@ class LongLlavaCache(DynamicCache):
         config: configuration of the model, or of its language model.
         offloading (`bool`, *optional*): keep the layers on the CPU while they are not needed, as in `DynamicCache`.
     """
+
+    layers: list[Any]
 
     def __init__(self, config: Any, offloading: bool = False):
         super().__init__(config=config.get_text_config(decoder=True), offloading=offloading)

@@ -10,9 +10,10 @@ Key to the shapes:
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from itertools import groupby, islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -286,7 +287,7 @@ class LongLlavaModel(LongLlavaPreTrainedModel):
         Raises:
             ValueError: if there are not as many grids as pictures, or a grid does not divide the patches.
         """
-        if image_grid_hw is None and not hasattr(pixel_values, "__len__"):
+        if image_grid_hw is None and not isinstance(pixel_values, Sized):
             pixel_values = torch.stack(list(pixel_values))
         grids = self._grids(pixel_values, image_grid_hw)
         return BaseModelOutputWithPooling(pooler_output=tuple(self._features(iter(pixel_values), grids)))
@@ -295,7 +296,7 @@ class LongLlavaModel(LongLlavaPreTrainedModel):
         self, pixel_values: Tensor | Iterable[Tensor], image_grid_hw: Tensor | None, tokens: int = 0
     ) -> list[tuple[int, int]]:
         """Rows and columns of tokens of each picture; an iterator without grids has pictures for all `tokens`."""
-        count = len(pixel_values) if hasattr(pixel_values, "__len__") else None
+        count = len(pixel_values) if isinstance(pixel_values, Sized) else None
         if image_grid_hw is None:
             rows, columns = self.config.image_grid
             return [(rows, columns)] * (-(-tokens // (rows * columns)) if count is None else count)
@@ -379,9 +380,10 @@ class LongLlavaModel(LongLlavaPreTrainedModel):
             new = iter(self._features(pictures, [grids[picture] for row in plan for picture in row]))
             merged: list[Tensor] = []
             for row, count in enumerate(piece):
-                own = [next(new) for _ in plan[row]]
-                if len(pieces) > 1 and (own or rest[row] is not None):
-                    joined = torch.cat(own if rest[row] is None else [rest[row], *own])
+                held = rest[row]
+                own = [*([] if held is None else [held]), *(next(new) for _ in plan[row])]
+                if len(pieces) > 1 and own:
+                    joined = torch.cat(own)
                     own, rest[row] = [joined[:count]], joined[count:] if count < len(joined) else None
                 merged += own
             yield merged
@@ -463,7 +465,7 @@ class LongLlavaModel(LongLlavaPreTrainedModel):
         size = self.config.prefill_chunk_size if prefill_chunk_size is None else prefill_chunk_size
         if size < 1:
             raise ValueError(f"prefill_chunk_size is {size}, but must be at least 1")
-        source = inputs_embeds if input_ids is None else input_ids
+        source: Any = inputs_embeds if input_ids is None else input_ids
         length = source.shape[1]
         if use_cache is None:
             use_cache = self.config.text_config.use_cache
@@ -471,22 +473,21 @@ class LongLlavaModel(LongLlavaPreTrainedModel):
             past_key_values = LongLlavaCache(self.config)
 
         pieces = self._pieces(length, size, None if isinstance(attention_mask, dict) else past_key_values, kwargs)
-        is_image = None
-        # One token alone was sampled by the model itself, and may be anything in the vocabulary.
-        if pixel_values is not None or (input_ids is not None and length > 1):
-            is_image = self.is_image_token(input_ids, inputs_embeds)
         if pixel_values is not None:
+            is_image = self.is_image_token(input_ids, inputs_embeds)
             grids = self._grids(pixel_values, image_grid_hw, int(is_image.sum()))
             by_piece = self._features_by_piece(pixel_values, grids, is_image, pieces)
-        elif is_image is not None:
-            pictures_by_row(is_image, [])  # an error if there is an image token
+        elif input_ids is not None and length > 1:
+            # An image token is an error. One token alone was sampled by the model itself, and may be anything.
+            pictures_by_row(self.is_image_token(input_ids, None), [])
         if not isinstance(attention_mask, dict):
             # A number, not the counter of a static cache, which goes on while the pieces run.
             cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if len(pieces) > 1 and isinstance(past_key_values, LongLlavaCache):
             past_key_values.reserve(cached + length + length // 16)  # and an answer
 
-        hidden, features = [], None
+        hidden: list[Tensor] = []
+        features: list[Tensor] | None = None
         keep = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep > 0 else length
         for piece in pieces:
             embeds = source[:, piece] if input_ids is None else self.get_input_embeddings()(input_ids[:, piece])
@@ -609,7 +610,8 @@ class LongLlavaForConditionalGeneration(LongLlavaPreTrainedModel, GenerationMixi
             loss = self.loss_function(logits, labels, text_config.vocab_size, **kwargs)
         if output_router_logits and outputs.router_logits:  # a dense model has none
             # The mask of a cached step is as long as the cache, and a prepared one has no padding to leave out.
-            length = (inputs_embeds if input_ids is None else input_ids).shape[1]
+            tokens: Any = inputs_embeds if input_ids is None else input_ids
+            length = tokens.shape[1]
             mask = attention_mask[:, -length:] if isinstance(attention_mask, Tensor) else None
             aux_loss = load_balancing_loss_func(
                 outputs.router_logits, text_config.num_experts, text_config.num_experts_per_tok, mask
@@ -700,7 +702,7 @@ class LongLlavaForConditionalGeneration(LongLlavaPreTrainedModel, GenerationMixi
     def _prepare_cache_for_generation(self, generation_config: GenerationConfig, model_kwargs: dict, *args, **kwargs):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
-        if type(cache) is DynamicCache and not cache.is_initialized:
+        if cache is not None and type(cache) is DynamicCache and not cache.is_initialized:
             offloading = generation_config.cache_implementation == "offloaded"
             model_kwargs["past_key_values"] = LongLlavaCache(self.config, offloading=offloading)
 
