@@ -14,9 +14,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # One thread per test process: the models are so small that a second thread costs more than it brings.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
+# Triton asks when it is imported, as transformers does: without a GPU its interpreter runs the kernels.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlavaImageProcessorPil, PreTrainedTokenizerFast
