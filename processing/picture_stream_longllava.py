@@ -25,22 +25,21 @@ class StillPicture(NamedTuple):
     name: str
     max_tiles: int | None = None
 
-    def read(self, parts: Sequence[int], side: int) -> list[Image.Image]:
-        """The parts of these numbers, for a tower of `side` pixels: 0 is the whole, 1, 2, ... its tiles row by row."""
+    def read(self, side: int) -> list[Image.Image]:
+        """The picture and its tiles row by row, for a tower of `side` pixels."""
         if self.max_tiles is None:
-            return [read_picture(self.source, self.name, side=side)] * len(parts)
+            return [read_picture(self.source, self.name, side=side)]
         picture = read_picture(self.source, self.name)
         tiles = cut_tiles(picture, side, self.max_tiles)
-        everything = [picture, *(tile for row in tiles for tile in row)]
-        return [everything[part] for part in parts]
+        return [picture, *(tile for row in tiles for tile in row)]
 
 
 class PictureStream:
     """Pictures, frames and tiles in the order of their placeholders, as float32 tensors (3, S, S) for the tower.
 
-    Nothing is opened before its turn. An iteration reads ahead of whoever takes from it, at most `READ_AHEAD` pictures
-    in as many threads as torch uses, and forgets what it gave: a thousand pictures need no more memory than these. It
-    can be iterated again, and a slice or a list of numbers is a stream of those pictures.
+    Nothing is opened before its turn. An iteration reads ahead of whoever takes from it, in as many threads as torch
+    uses, and forgets what it gave: of however many pictures it holds at most `READ_AHEAD` and the tiles of one more.
+    It can be iterated again, and a slice or a list of numbers is a stream of those pictures.
 
     What cannot be read raises at its turn, with its name; see `read_picture`. To take pictures piece by piece, draw
     from one iterator: each new one starts with nothing read ahead, and looks for its place in a video anew.
@@ -110,7 +109,9 @@ class PictureStream:
                 yield decoder.submit(self._next_frame, frames[key]), 1
 
     def _read(self, picture: StillPicture, parts: list[int]) -> list[torch.Tensor]:
-        return [self._prepare(part) for part in picture.read(parts, self._prepare.side)]
+        everything = picture.read(self._prepare.side)
+        prepared = {number: self._prepare(everything[number]) for number in set(parts)}
+        return [prepared[number] for number in parts]
 
     def _next_frame(self, frames: Iterator[Image.Image]) -> list[torch.Tensor]:
         return [self._prepare(next(frames))]
