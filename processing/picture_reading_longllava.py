@@ -63,7 +63,7 @@ def read_picture(source: Any, name: str, *, side: int | None = None) -> Image.Im
     width, with channels first, last or absent; uint8, uint16, floats in 0..1). A row of a `datasets` column with
     `{"bytes", "path"}` works too. `name` says in errors which picture it was; paths and URLs speak for themselves.
     With `side`, the picture is meant to be made that small (pixels), and a far larger JPEG may come at a part of its
-    size (see `_draft`).
+    size (see `_draft_part`).
 
     Raises FileNotFoundError for a missing file, TypeError for an unknown kind of source and ValueError for anything
     that cannot be read. That includes files of more pixels than Pillow trusts, twice `PIL.Image.MAX_IMAGE_PIXELS`
@@ -72,11 +72,14 @@ def read_picture(source: Any, name: str, *, side: int | None = None) -> Image.Im
     source, name = find_picture(source, name, download=True)
     with _errors_name(name):
         if isinstance(source, str | bytes | bytearray):
-            if side is not None and (small := _draft(source, side)) is not None:
-                return to_rgb(small)
             with Image.open(as_file(source)) as picture:
+                part = 1 if side is None else _draft_part(picture, side)
+                if part > 1:
+                    picture.draft(None, (picture.width // part, picture.height // part))
                 picture.load()
-                return to_rgb(picture)
+                if part == 1 or not _has_hard_edges(picture):
+                    return to_rgb(picture)
+            return read_picture(source, name)
         if isinstance(source, Image.Image):
             with _LOCKS[id(source) // 16 % len(_LOCKS)]:
                 return to_rgb(source)
@@ -163,19 +166,16 @@ DRAFT_CLIPPED = 12 * 255
 _BLACK_OR_WHITE = [255 if value <= 2 or value >= 253 else 0 for value in range(256)]
 
 
-def _draft(source: str | bytes | bytearray, side: int) -> Image.Image | None:
-    """A JPEG decoded at a part of its size, to be made `side` pixels; None where that would not be close enough."""
-    with Image.open(as_file(source)) as picture:
-        if picture.format not in JPEG or not (picture.mode == "L" or get_sampling(picture) == 0):
-            return None
-        for part in (4, 2):
-            # An even number of drafted pixels each way: the picture then keeps its place in the middle of its square.
-            even = not any(size % (2 * part) for size in picture.size)
-            if even and max(picture.size) >= part * DRAFT_OVERSIZE * side:
-                picture.draft(None, (picture.width // part, picture.height // part))
-                picture.load()
-                return None if _has_hard_edges(picture) else picture
-    return None
+def _draft_part(picture: Image.Image, side: int) -> int:
+    """2 or 4 where a half or a quarter is enough of a picture that becomes `side` pixels, else 1."""
+    if picture.format not in JPEG or not (picture.mode == "L" or get_sampling(picture) == 0):
+        return 1
+    for part in (4, 2):
+        # An even number of drafted pixels each way: the picture then keeps its place in the middle of its square.
+        even = not any(size % (2 * part) for size in picture.size)
+        if even and max(picture.size) >= part * DRAFT_OVERSIZE * side:
+            return part
+    return 1
 
 
 def _has_hard_edges(picture: Image.Image) -> bool:

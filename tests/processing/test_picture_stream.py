@@ -382,8 +382,8 @@ def test_tiles_are_never_drafted(tiny_processor: Callable, monkeypatch: pytest.M
     """Tiles and their whole picture come from the full decode; without tiles the same file is drafted."""
     content = jpeg(smooth(1008, 1344))
     drafts: list[int] = []
-    original = picture_reading_longllava._draft
-    monkeypatch.setattr(picture_reading_longllava, "_draft", lambda *args: drafts.append(1) or original(*args))
+    original = picture_reading_longllava._draft_part
+    monkeypatch.setattr(picture_reading_longllava, "_draft_part", lambda *args: drafts.append(1) or original(*args))
     full = Image.open(io.BytesIO(content))
     tiled = tiny_processor()(text="<image>", images=content, sub_images=True)["pixel_values"]
     assert tiled.equal(tiny_processor()(text="<image>", images=full, sub_images=True)["pixel_values"])
