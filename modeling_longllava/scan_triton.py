@@ -18,8 +18,11 @@ channels are 1,024 warps, almost 8 per multiprocessor, in one pass, and the next
 Cutting time would only help rows of far fewer channels, whose scan is short anyway.
 
 The backward pass goes over the tiles from the last to the first, from one state per tile that the forward pass kept
-(for 16 states as many numbers as x has), and computes the states inside again. dB and dC are sums over channels, hence
-over programs, which add them up with atomics: their last bits change from run to run.
+(16 states every 8 steps: two numbers for each of x), and computes the states inside again. dB and dC are sums over
+channels, hence over programs, which add them up with atomics: their last bits change from run to run.
+
+Sizes and layouts were chosen from the machine code that Triton 3.2, 3.6 and 3.7 make of these kernels for sm_90 (two
+registers at most are spilled for 16 states, B and C are read 16 bytes at a time), not from times on a GPU.
 """
 
 import contextlib
@@ -40,10 +43,10 @@ except ImportError as error:
     ) from error
 
 PARTS = 4  # states of a thread
-# Steps of a tile and channels of a program. 16 channels in bfloat16 are one sector of 32 bytes in memory; a program
-# of 8 is one warp, which sums dB and dC without the others, and its 8 steps just fit into the registers.
-FORWARD_TILE, FORWARD_BLOCK = 16, 16
-BACKWARD_TILE, BACKWARD_BLOCK = 8, 8
+# Steps of a tile and threads of a program. 64 threads are 16 channels of 16 states, whose row in bfloat16 is a sector
+# of 32 bytes in memory. 32 are one warp, which sums dB and dC alone, and 8 steps are what its registers hold there.
+FORWARD_TILE, FORWARD_THREADS = 16, 64
+BACKWARD_TILE, BACKWARD_THREADS = 8, 32
 CONV_TILE, CONV_BLOCK = 32, 64  # steps and channels of a program of the convolution
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -52,6 +55,29 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def _load(ptr, mask):
     return tl.load(ptr, mask=mask, other=0.0)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Of all functions
+# ----------------------------------------------------------------------------------------------------
+
+
+def _count(length: int, tile: int) -> int:
+    """Tiles that cover a length. Not Triton's own functions: torch.compile does not look into them."""
+    return -(-length // tile)
+
+
+def _power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def _row_strides(z: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if z is None else (z.stride(0), z.stride(1))
+
+
+def _device(x: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be the one of a model that is spread over several."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -85,37 +111,15 @@ def _decays(delta, A, seq_ptr, times, length, RESETS: tl.constexpr):
     return decay
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _scan_forward(
-    x_ptr,
-    dt_ptr,
-    A_ptr,
-    B_ptr,
-    C_ptr,
-    D_ptr,
-    z_ptr,
-    bias_ptr,
-    initial_ptr,
-    seq_ptr,
-    y_ptr,
-    final_ptr,
-    kept_ptr,
-    z_batch,
-    z_time,
-    length,
-    channels,
-    states,
-    HAS_D: tl.constexpr,
-    HAS_Z: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
-    RESETS: tl.constexpr,
-    KEEP: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
-    LANES: tl.constexpr,
-):
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, initial_ptr, seq_ptr,
+    y_ptr, final_ptr, kept_ptr,
+    z_batch, z_time, length, channels, states,
+    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    RESETS: tl.constexpr, KEEP: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     has_channel = channel < channels
@@ -200,42 +204,14 @@ def _scan_forward(
     tl.store(final_ptr + batch * channels * states + cell, h, mask=has_cell)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _scan_backward(
-    x_ptr,
-    dt_ptr,
-    A_ptr,
-    B_ptr,
-    C_ptr,
-    D_ptr,
-    z_ptr,
-    bias_ptr,
-    seq_ptr,
-    kept_ptr,
-    dy_ptr,
-    dstate_ptr,
-    dx_ptr,
-    ddt_ptr,
-    dA_ptr,
-    dB_ptr,
-    dC_ptr,
-    dD_ptr,
-    dz_ptr,
-    dbias_ptr,
-    z_batch,
-    z_time,
-    length,
-    channels,
-    states,
-    HAS_D: tl.constexpr,
-    HAS_Z: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    RESETS: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
-    LANES: tl.constexpr,
-):
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, seq_ptr, kept_ptr, dy_ptr, dstate_ptr,
+    dx_ptr, ddt_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dz_ptr, dbias_ptr,
+    z_batch, z_time, length, channels, states,
+    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, RESETS: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
     """With g_t the gradient of h_t:  g_t = C_t dy_t + decay_(t+1) g_(t+1)."""
     batch = tl.program_id(1).to(tl.int64)
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -427,39 +403,15 @@ class _Scan(torch.autograd.Function):
         # One part per row of the batch, added up below.
         dA = A.new_empty(batch, *A.shape, dtype=torch.float32)
         dD, dbias = (A.new_empty(batch, channels, dtype=torch.float32) for _ in range(2))
-        blocks, sizes = _sizes(x, A, BACKWARD_TILE, BACKWARD_BLOCK)
+        blocks, sizes = _sizes(x, A, BACKWARD_TILE, BACKWARD_THREADS)
         with _device(x):
             _scan_backward[blocks, batch](
-                x,
-                dt,
-                A,
-                B,
-                C,
-                D,
-                z,
-                dt_bias,
-                seq_idx,
-                kept,
-                grad_y.contiguous(),
-                dstate,
-                dx,
-                ddt,
-                dA,
-                dB,
-                dC,
-                dD,
-                dz,
-                dbias,
-                *_row_strides(z),
-                length,
-                channels,
-                A.shape[1],
-                HAS_D=D is not None,
-                HAS_Z=z is not None,
-                HAS_BIAS=dt_bias is not None,
-                RESETS=seq_idx is not None,
+                x, dt, A, B, C, D, z, dt_bias, seq_idx, kept, grad_y.contiguous(), dstate,
+                dx, ddt, dA, dB, dC, dD, dz, dbias,
+                *_row_strides(z), length, channels, A.shape[1],
+                HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=dt_bias is not None, RESETS=seq_idx is not None,
                 **sizes,
-            )
+            )  # fmt: skip
         return (
             dx,
             ddt,
@@ -482,35 +434,16 @@ def _forward(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, *, keep, fin
     if final_state is None:
         final_state = x.new_empty(batch, channels, states, dtype=torch.float32)
     tile = BACKWARD_TILE if keep else 1 if length == 1 else FORWARD_TILE
-    blocks, sizes = _sizes(x, A, tile, FORWARD_BLOCK)
-    kept = x.new_empty(batch, triton.cdiv(length, tile), channels, states, dtype=torch.float32) if keep else None
+    blocks, sizes = _sizes(x, A, tile, FORWARD_THREADS)
+    kept = x.new_empty(batch, _count(length, tile), channels, states, dtype=torch.float32) if keep else None
     with _device(x):
         _scan_forward[blocks, batch](
-            x,
-            dt,
-            A,
-            B,
-            C,
-            D,
-            z,
-            dt_bias,
-            initial_state,
-            seq_idx,
-            y,
-            final_state,
-            kept,
-            *_row_strides(z),
-            length,
-            channels,
-            states,
-            HAS_D=D is not None,
-            HAS_Z=z is not None,
-            HAS_BIAS=dt_bias is not None,
-            HAS_INITIAL=initial_state is not None,
-            RESETS=seq_idx is not None,
-            KEEP=keep,
-            **sizes,
-        )
+            x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx,
+            y, final_state, kept,
+            *_row_strides(z), length, channels, states,
+            HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=dt_bias is not None,
+            HAS_INITIAL=initial_state is not None, RESETS=seq_idx is not None, KEEP=keep, **sizes,
+        )  # fmt: skip
     return y, final_state, kept
 
 
@@ -523,23 +456,14 @@ def _contiguous(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx):
     return x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx
 
 
-def _row_strides(z: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if z is None else (z.stride(0), z.stride(1))
-
-
-def _sizes(x: Tensor, A: Tensor, tile: int, block: int) -> tuple[int, dict[str, int]]:
+def _sizes(x: Tensor, A: Tensor, tile: int, threads: int) -> tuple[int, dict[str, int]]:
     """How many programs share the channels, and their constants. Any number of channels and states is allowed."""
-    channels, states = x.shape[2], triton.next_power_of_2(A.shape[1])
-    block = min(block, triton.next_power_of_2(channels))
+    channels, states = x.shape[2], _power_of_2(A.shape[1])
     parts = min(PARTS, states)
     lanes = states // parts
+    block = min(max(1, threads // lanes), _power_of_2(channels))
     sizes = {"TILE": tile, "BLOCK": block, "PARTS": parts, "LANES": lanes, "num_warps": max(1, block * lanes // 32)}
-    return triton.cdiv(channels, block), sizes
-
-
-def _device(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be the one of a model that is spread over several."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    return _count(channels, block), sizes
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -560,18 +484,10 @@ def _unbroken(seq_ptr, times, length, BACK: tl.constexpr):
 
 @triton.jit
 def _conv_input(
-    x_ptr,
-    context_ptr,
-    seq_ptr,
-    x_time,
-    times,
-    length,
-    channel,
-    channels,
-    RESETS: tl.constexpr,
-    BACK: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    x_ptr, context_ptr, seq_ptr,
+    x_time, times, length, channel, channels,
+    RESETS: tl.constexpr, BACK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """(time, channel): the input BACK steps before `times`, from x or the context, 0 if of another sequence."""
     source = (times - BACK)[:, None]
     row, column = source.to(tl.int64), channel[None, :]
@@ -584,22 +500,10 @@ def _conv_input(
 
 @triton.jit
 def _conv_sum(
-    x_ptr,
-    context_ptr,
-    weight_ptr,
-    bias_ptr,
-    seq_ptr,
-    x_time,
-    times,
-    length,
-    channel,
-    channels,
-    HAS_BIAS: tl.constexpr,
-    RESETS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x_ptr, context_ptr, weight_ptr, bias_ptr, seq_ptr,
+    x_time, times, length, channel, channels,
+    HAS_BIAS: tl.constexpr, RESETS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """(time, channel): the convolution before its activation."""
     total = tl.zeros([TILE, BLOCK], tl.float32)
     if HAS_BIAS:
@@ -611,24 +515,13 @@ def _conv_sum(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _conv_forward(
-    x_ptr,
-    context_ptr,
-    weight_ptr,
-    bias_ptr,
-    seq_ptr,
+    x_ptr, context_ptr, weight_ptr, bias_ptr, seq_ptr,
     y_ptr,
-    x_batch,
-    x_time,
-    length,
-    channels,
-    HAS_BIAS: tl.constexpr,
-    RESETS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x_batch, x_time, length, channels,
+    HAS_BIAS: tl.constexpr, RESETS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     times = tl.program_id(0) * TILE + tl.arange(0, TILE)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     batch = tl.program_id(2).to(tl.int64)
@@ -637,48 +530,21 @@ def _conv_forward(
     if RESETS:
         seq_ptr += batch * length
     total = _conv_sum(
-        x_ptr,
-        context_ptr,
-        weight_ptr,
-        bias_ptr,
-        seq_ptr,
-        x_time,
-        times,
-        length,
-        channel,
-        channels,
-        HAS_BIAS,
-        RESETS,
-        WIDTH,
-        TILE,
-        BLOCK,
-    )
+        x_ptr, context_ptr, weight_ptr, bias_ptr, seq_ptr,
+        x_time, times, length, channel, channels,
+        HAS_BIAS, RESETS, WIDTH, TILE, BLOCK,
+    )  # fmt: skip
     y_ptrs = y_ptr + (batch * length + times)[:, None] * channels + channel[None, :]
     tl.store(y_ptrs, total * tl.sigmoid(total), mask=(times < length)[:, None] & (channel < channels)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _conv_backward(
-    x_ptr,
-    context_ptr,
-    weight_ptr,
-    bias_ptr,
-    seq_ptr,
-    dy_ptr,
-    dx_ptr,
-    dcontext_ptr,
-    dweight_ptr,
-    dbias_ptr,
-    x_batch,
-    x_time,
-    length,
-    channels,
-    HAS_BIAS: tl.constexpr,
-    RESETS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x_ptr, context_ptr, weight_ptr, bias_ptr, seq_ptr, dy_ptr,
+    dx_ptr, dcontext_ptr, dweight_ptr, dbias_ptr,
+    x_batch, x_time, length, channels,
+    HAS_BIAS: tl.constexpr, RESETS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Gradients of `TILE` steps of the input; the first WIDTH - 1 of them all are the context, at negative times.
 
     A step of the input reaches WIDTH outputs, whose sums are computed again: cheaper than to store them.
@@ -696,22 +562,10 @@ def _conv_backward(
     for later in tl.static_range(WIDTH):
         outputs = times + later
         total = _conv_sum(
-            x_ptr,
-            context_ptr,
-            weight_ptr,
-            bias_ptr,
-            seq_ptr,
-            x_time,
-            outputs,
-            length,
-            channel,
-            channels,
-            HAS_BIAS,
-            RESETS,
-            WIDTH,
-            TILE,
-            BLOCK,
-        )
+            x_ptr, context_ptr, weight_ptr, bias_ptr, seq_ptr,
+            x_time, outputs, length, channel, channels,
+            HAS_BIAS, RESETS, WIDTH, TILE, BLOCK,
+        )  # fmt: skip
         mask = ((outputs >= 0) & (outputs < length))[:, None] & has_channel[None, :]
         dy = _load(dy_ptr + outputs[:, None].to(tl.int64) * channels + channel[None, :], mask).to(tl.float32)
         gate = tl.sigmoid(total)
@@ -773,40 +627,18 @@ def causal_conv1d_triton(
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but x {tuple(x.shape)} needs {shape}")
-    return _Conv.apply(x, weight, bias, context, seq_idx)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, context)):
+        return _Conv.apply(x, weight, bias, context, seq_idx)
+    return _convolve(*_conv_contiguous(x, weight, bias, context, seq_idx))
 
 
 class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, context, seq_idx):
-        if x.stride(2) != 1:
-            x = x.contiguous()
-        # Of one dtype, so that one load reads from either.
-        ctx.context_dtype, context = context.dtype, context.to(x.dtype)
-        weight, bias, context, seq_idx = (
-            None if t is None else t.contiguous() for t in (weight, bias, context, seq_idx)
-        )
-        ctx.save_for_backward(x, weight, bias, context, seq_idx)
-        batch, length, channels = x.shape
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        with _device(x):
-            _conv_forward[triton.cdiv(length, CONV_TILE), triton.cdiv(channels, CONV_BLOCK), batch](
-                x,
-                context,
-                weight,
-                bias,
-                seq_idx,
-                y,
-                *_row_strides(x),
-                length,
-                channels,
-                HAS_BIAS=bias is not None,
-                RESETS=seq_idx is not None,
-                WIDTH=weight.shape[1],
-                TILE=CONV_TILE,
-                BLOCK=CONV_BLOCK,
-            )
-        return y
+        ctx.context_dtype = context.dtype
+        arguments = _conv_contiguous(x, weight, bias, context, seq_idx)
+        ctx.save_for_backward(*arguments)
+        return _convolve(*arguments)
 
     @staticmethod
     @once_differentiable
@@ -814,33 +646,42 @@ class _Conv(torch.autograd.Function):
         x, weight, bias, context, seq_idx = ctx.saved_tensors
         batch, length, channels = x.shape
         width = weight.shape[1]
-        tiles = triton.cdiv(length + width - 1, CONV_TILE)
-        dx, dcontext = (
-            torch.empty(x.shape, dtype=x.dtype, device=x.device),
-            torch.empty_like(context, dtype=ctx.context_dtype),
-        )
+        tiles = _count(length + width - 1, CONV_TILE)
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        dcontext = torch.empty_like(context, dtype=ctx.context_dtype)
         dweight = x.new_empty(batch * tiles, channels, width, dtype=torch.float32)
         dbias = x.new_empty(batch * tiles, channels, dtype=torch.float32)
         with _device(x):
-            _conv_backward[tiles, triton.cdiv(channels, CONV_BLOCK), batch](
-                x,
-                context,
-                weight,
-                bias,
-                seq_idx,
-                grad_y.contiguous(),
-                dx,
-                dcontext,
-                dweight,
-                dbias,
-                *_row_strides(x),
-                length,
-                channels,
-                HAS_BIAS=bias is not None,
-                RESETS=seq_idx is not None,
-                WIDTH=width,
-                TILE=CONV_TILE,
-                BLOCK=CONV_BLOCK,
-            )
+            _conv_backward[tiles, _count(channels, CONV_BLOCK), batch](
+                x, context, weight, bias, seq_idx, grad_y.contiguous(),
+                dx, dcontext, dweight, dbias,
+                *_row_strides(x), length, channels,
+                HAS_BIAS=bias is not None, RESETS=seq_idx is not None,
+                WIDTH=width, TILE=CONV_TILE, BLOCK=CONV_BLOCK,
+            )  # fmt: skip
         dbias = None if bias is None else dbias.sum(0).to(bias.dtype)
         return dx, dweight.sum(0).to(weight.dtype), dbias, dcontext, None
+
+
+def _convolve(x, weight, bias, context, seq_idx) -> Tensor:
+    batch, length, channels = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    with _device(x):
+        _conv_forward[_count(length, CONV_TILE), _count(channels, CONV_BLOCK), batch](
+            x, context, weight, bias, seq_idx,
+            y,
+            *_row_strides(x), length, channels,
+            HAS_BIAS=bias is not None, RESETS=seq_idx is not None,
+            WIDTH=weight.shape[1], TILE=CONV_TILE, BLOCK=CONV_BLOCK,
+        )  # fmt: skip
+    return y
+
+
+def _conv_contiguous(x, weight, bias, context, seq_idx):
+    """The arguments as the kernels address them; context and x of one dtype, so that one load reads from either."""
+    if x.stride(2) != 1:
+        x = x.contiguous()
+    weight, bias, context, seq_idx = (
+        None if t is None else t.contiguous() for t in (weight, bias, context.to(x.dtype), seq_idx)
+    )
+    return x, weight, bias, context, seq_idx

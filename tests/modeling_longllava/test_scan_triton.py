@@ -33,7 +33,7 @@ on_a_gpu = pytest.mark.skipif(not HAS_GPU, reason="no GPU here: too large for Tr
 def small_tiles(monkeypatch):
     """Small tiles where the interpreter runs; a GPU runs the real ones."""
     if not HAS_GPU:
-        for name in ("FORWARD_TILE", "FORWARD_BLOCK", "BACKWARD_TILE", "BACKWARD_BLOCK"):
+        for name in ("FORWARD_TILE", "FORWARD_THREADS", "BACKWARD_TILE", "BACKWARD_THREADS"):
             monkeypatch.setattr(kernels, name, 4)
         for name in ("CONV_TILE", "CONV_BLOCK"):
             monkeypatch.setattr(kernels, name, 8)
