@@ -22,7 +22,7 @@ The backward pass goes over the tiles from the last to the first, from one state
 channels, hence over programs, which add them up with atomics: their last bits change from run to run.
 
 Sizes and layouts were chosen from the machine code that Triton 3.2, 3.6 and 3.7 make of these kernels for sm_90 (two
-registers at most are spilled for 16 states, B and C are read 16 bytes at a time), not from times on a GPU.
+registers at most are spilled for 16 states; 3.7 reads B and C 16 bytes at a time), not from times on a GPU.
 """
 
 import contextlib
