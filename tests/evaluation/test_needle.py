@@ -347,3 +347,16 @@ def test_cells_have_their_colours_in_their_places(tmp_path: Path) -> None:
     assert red[0] < green[0] and red[1] > green[1]  # upper right; the left column
     with pytest.raises(ValueError, match="1 labels of rows and 2"):
         heat_map(path, values, ["0 %"], ["10", "20"], "", "", "")
+
+
+def test_the_shipped_model_finds_its_needles(tmp_path: Path) -> None:
+    """Among 400 frames, more than it was trained on, in both ends and the middle; always the same nine needles."""
+    from longllava.modeling_longllava import LongLlavaForConditionalGeneration
+    from longllava.processing import LongLlavaProcessor
+
+    pocket = Path(__file__).parents[2] / "spaces_demo" / "pocket"
+    model = LongLlavaForConditionalGeneration.from_pretrained(pocket).eval()
+    processor = LongLlavaProcessor.from_pretrained(pocket)
+    report = evaluate_needle(model, processor, tmp_path, lengths=[400], depths=[0, 50, 100], trials=3)
+    right = [answer["right"] for answer in report["answers"]]
+    assert len(right) == 9 and sum(right) >= 8
