@@ -16,12 +16,19 @@ Glossary (symbol in the paper in brackets):
     y_t     = (C_t . h_t + D x_t) silu(z_t)
 
 Everything is channels last, so that the mixer around it transposes nothing. `selective_scan_ref` is the plain loop
-that defines the result; `selective_scan` gives the same numbers from the fastest backend that is there.
+that defines the result; `selective_scan` gives the same numbers from the fastest backend that is there, or from the
+one that the environment variable LONGLLAVA_SCAN names:
+
+    mamba_ssm   its CUDA kernel, first choice on a GPU
+    triton      our kernels for a GPU, second choice; on a CPU only in Triton's interpreter (TRITON_INTERPRET=1)
+    torch       PyTorch operations, anywhere
+    compile     torch.compile for a CPU, never chosen by itself, since compiling takes a while and a C++ compiler
 """
 
 import importlib
 import importlib.util
 import math
+import os
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +43,7 @@ BLOCK_VALUES = 32768
 LOG2_E = math.log2(math.e)
 
 HAS_MAMBA_SSM = importlib.util.find_spec("mamba_ssm") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def selective_scan_ref(
@@ -108,26 +116,63 @@ def selective_scan(
         ValueError: if two shapes do not agree; the message names the argument and both shapes.
     """
     _check_shapes(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
-    # Its kernel neither resets inside a row nor pays off for one token.
-    if selective_scan_backend(x.device) == "mamba_ssm" and seq_idx is None and x.shape[1] > 1:
+    backend = selective_scan_backend(x.device)
+    if backend == "mamba_ssm" and (seq_idx is not None or x.shape[1] == 1):
+        # Its kernel neither resets inside a row nor pays off for one token.
+        backend = "triton" if HAS_TRITON else "torch"
+    arguments = (x, dt, A, B, C, D, z, dt_bias, initial_state)
+    if backend == "mamba_ssm":
         kernel = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
-        return _scan_with_kernel(kernel, x, dt, A, B, C, D, z, dt_bias, initial_state)
+        return _scan_with_kernel(kernel, *arguments)
+    if backend == "triton":
+        from .scan_triton import selective_scan_triton
+
+        return selective_scan_triton(*arguments, seq_idx)
+    train = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in arguments)
+    # One token is one round of small operations; inside a larger graph its own compiler sees to it.
+    if backend == "compile" and not train and x.shape[1] > 1 and not torch.compiler.is_compiling():
+        from .scan_compiled import selective_scan_compiled
+
+        return selective_scan_compiled(*arguments, seq_idx)
     if initial_state is None:
         initial_state = x.new_zeros(x.shape[0], *A.shape, dtype=torch.float32)
     arguments = (x, dt, A, B, C, D, z, dt_bias, initial_state)
-    if torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in arguments):
-        return _ChunkedScan.apply(*arguments, seq_idx)
-    return _scan_forward(*arguments, seq_idx)[:2]
+    return _ChunkedScan.apply(*arguments, seq_idx) if train else _scan_forward(*arguments, seq_idx)[:2]
 
 
 def selective_scan_backend(device: torch.device | str | None = None) -> str:
-    """Name what [`selective_scan`] runs for tensors on `device`: `"mamba_ssm"` (CUDA kernel) or `"torch"`.
+    """Name what [`selective_scan`] runs for tensors on `device`: `mamba_ssm`, `triton`, `torch` or `compile`.
 
-    Without a device it answers for the GPU if there is one, else for the CPU.
+    Without a device it answers for the GPU if there is one, else for the CPU. The environment variable LONGLLAVA_SCAN
+    is read at every call.
+
+    Raises:
+        ValueError: if LONGLLAVA_SCAN names something unknown, or what cannot run on that device or is not installed;
+            the message names both and what can run.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return "mamba_ssm" if HAS_MAMBA_SSM and torch.device(device).type == "cuda" else "torch"
+    where = torch.device(device).type
+    on_gpu = where == "cuda"
+    possible = {
+        "mamba_ssm": on_gpu and HAS_MAMBA_SSM,
+        "triton": HAS_TRITON and (on_gpu or os.environ.get("TRITON_INTERPRET") == "1"),
+        "torch": True,
+        "compile": where == "cpu",
+    }
+    wanted = os.environ.get("LONGLLAVA_SCAN")
+    if not wanted:
+        return next(name for name, can_run in possible.items() if can_run) if on_gpu else "torch"
+    if not possible.get(wanted, False):
+        reason = "cannot run" if wanted in possible else "is unknown"
+        names = ", ".join(name for name, can_run in possible.items() if can_run)
+        installed = f"mamba_ssm {_is_installed(HAS_MAMBA_SSM)}, triton {_is_installed(HAS_TRITON)}"
+        raise ValueError(f"LONGLLAVA_SCAN={wanted} {reason} on {where} ({installed}); possible here: {names}")
+    return wanted
+
+
+def _is_installed(there: bool) -> str:
+    return "is installed" if there else "is not installed"
 
 
 def _check_shapes(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx) -> None:

@@ -24,6 +24,8 @@ CODE = {
     "cache.py",
     "configuration_longllava.py",
     "modeling_longllava.py",
+    "scan_compiled.py",
+    "scan_triton.py",
     "selective_scan.py",
     "processing_longllava.py",
     "picture_reading_longllava.py",
@@ -40,7 +42,9 @@ FILES = CODE | {
     "tokenizer_config.json",
 }
 # What our package or its extras bring; a user of the folder may have none of it.
-NOT_THERE = ("longllava", "__editable__", "av", "trl", "peft", "accelerate", "datasets", "sklearn", "matplotlib")
+NOT_THERE = (
+    "longllava", "__editable__", "av", "triton", "trl", "peft", "accelerate", "datasets", "sklearn", "matplotlib",
+)  # fmt: skip
 MESSAGES = [
     {
         "role": "user",
@@ -60,7 +64,7 @@ sys.path.append(packages)
 import importlib.util
 import json
 
-for absent in ("longllava", "av", "accelerate"):
+for absent in ("longllava", "av", "triton", "accelerate"):
     assert importlib.util.find_spec(absent) is None, f"{absent} can be imported"
 
 import torch

@@ -5,8 +5,14 @@ import importlib
 import pytest
 import torch
 from torch import Tensor
+from transformers.utils import is_kernels_available
 
-from longllava.modeling_longllava import selective_scan, selective_scan_backend, selective_scan_ref
+from longllava.modeling_longllava import (
+    LongLlavaForConditionalGeneration,
+    selective_scan,
+    selective_scan_backend,
+    selective_scan_ref,
+)
 
 # `longllava.modeling_longllava.selective_scan` is the function; this is the module of the same name.
 scan_module = importlib.import_module("longllava.modeling_longllava.selective_scan")
@@ -157,8 +163,104 @@ def test_a_state_is_carried_exactly_through_a_kernel_without_one(state, dtype):
     assert_same(final, final_ref, 1e-5, "state")
 
 
-def test_backend_on_a_cpu():
-    assert selective_scan_backend("cpu") == "torch"
+@pytest.fixture
+def installed(monkeypatch):
+    """Says which of the optional packages are there; no backend is forced."""
+    monkeypatch.delenv("LONGLLAVA_SCAN", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+    def choose(*packages: str) -> None:
+        monkeypatch.setattr(scan_module, "HAS_MAMBA_SSM", "mamba_ssm" in packages)
+        monkeypatch.setattr(scan_module, "HAS_TRITON", "triton" in packages)
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    ("packages", "device", "backend"),
+    [
+        (("mamba_ssm", "triton"), "cuda", "mamba_ssm"),
+        (("triton",), "cuda:1", "triton"),
+        ((), "cuda", "torch"),
+        (("mamba_ssm", "triton"), "cpu", "torch"),
+    ],
+)
+def test_the_fastest_backend_that_is_there(installed, packages, device, backend):
+    installed(*packages)
+    assert selective_scan_backend(device) == backend
+    assert selective_scan_backend(torch.device(device)) == backend
+
+
+def test_a_backend_is_forced(installed, monkeypatch):
+    installed("mamba_ssm", "triton")
+    for backend in ("mamba_ssm", "triton", "torch"):
+        monkeypatch.setenv("LONGLLAVA_SCAN", backend)
+        assert selective_scan_backend("cuda") == backend
+    for backend in ("torch", "compile"):
+        monkeypatch.setenv("LONGLLAVA_SCAN", backend)
+        assert selective_scan_backend("cpu") == backend
+    monkeypatch.setenv("LONGLLAVA_SCAN", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert selective_scan_backend("cpu") == "triton"
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "message"),
+    [
+        ("cuda", "cuda", r"cuda is unknown on cuda \(.*\); possible here: torch$"),
+        ("mamba_ssm", "cuda", r"mamba_ssm cannot run on cuda \(mamba_ssm is not installed, .*possible here: torch$"),
+        ("triton", "cuda", r"triton cannot run on cuda \(.*triton is not installed\); possible here: torch$"),
+        ("compile", "cuda", r"compile cannot run on cuda \(.*\); possible here: torch$"),
+        ("mamba_ssm", "cpu", r"mamba_ssm cannot run on cpu \(.*\); possible here: torch, compile$"),
+        ("triton", "cpu", r"triton cannot run on cpu \(.*\); possible here: torch, compile$"),
+    ],
+)
+def test_a_backend_that_cannot_run(installed, monkeypatch, backend, device, message):
+    installed()
+    monkeypatch.setenv("LONGLLAVA_SCAN", backend)
+    with pytest.raises(ValueError, match=f"^LONGLLAVA_SCAN={message}"):
+        selective_scan_backend(device)
+    if device == "cpu":
+        with pytest.raises(ValueError, match=f"^LONGLLAVA_SCAN={message}"):
+            selective_scan(**arguments())
+
+
+def test_what_the_kernel_of_mamba_ssm_lacks_runs_elsewhere(monkeypatch):
+    """It neither resets inside a row nor pays off for one token."""
+    monkeypatch.setattr(scan_module, "selective_scan_backend", lambda _: "mamba_ssm")
+    monkeypatch.setattr(scan_module, "HAS_TRITON", False)
+    for length, seq_idx in ((1, None), (20, sequences(2, 20))):
+        args = arguments(length=length)
+        y, state = selective_scan(**args, seq_idx=seq_idx)
+        y_ref, state_ref = selective_scan_ref(**args, seq_idx=seq_idx)
+        assert_same(y, y_ref, 1e-5, "y")
+        assert_same(state, state_ref, 1e-5, "state")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU the kernels run in Triton's interpreter")
+@pytest.mark.parametrize("resets", [False, True])
+def test_triton_is_forced(monkeypatch, resets):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("LONGLLAVA_SCAN", "triton")
+    args = arguments(length=20, channels=5, states=4, grad=True)
+    seq_idx = sequences(2, 20) if resets else None
+    kernels = importlib.import_module("longllava.modeling_longllava.scan_triton")
+    calls, run = [], kernels.selective_scan_triton
+    monkeypatch.setattr(kernels, "selective_scan_triton", lambda *given: calls.append(given) or run(*given))
+    results = [scan(**args, seq_idx=seq_idx) for scan in (selective_scan, selective_scan_ref)]
+    grads = [torch.autograd.grad(y.sum() + state.sum(), list(args.values())) for y, state in results]
+    assert len(calls) == 1
+    assert_same(results[0][0], results[1][0], 1e-5, "y")
+    assert_same(results[0][1], results[1][1], 1e-5, "state")
+    for name, grad, grad_ref in zip(args, *grads, strict=True):
+        assert_same(grad, grad_ref, 1e-5, f"gradient of {name}")
+
+
+@pytest.mark.skipif(is_kernels_available(), reason="the message is for those who lack the package")
+def test_use_kernels_without_the_package_says_what_to_install(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Kernels are not available.*pip install kernels"):
+        LongLlavaForConditionalGeneration.from_pretrained(tmp_path, use_kernels=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: the kernels of mamba_ssm cannot run")
