@@ -10,6 +10,7 @@ second number of channels is compiled for any. PyTorch keeps the result in its c
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,7 @@ COEFFICIENTS = [
 # Inductor, which writes the loop, would store what is used several times. The first three leave it all in one
 # expression, the fourth keeps the loops in the order written, so that outputs (sums over the states) and the last
 # state share one, and the last allows a multiplication and an addition in one instruction.
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "realize_reads_threshold": 10**6,
     "realize_opcount_threshold": 10**6,
     "realize_acc_reads_threshold": 10**6,
