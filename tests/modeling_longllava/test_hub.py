@@ -22,6 +22,7 @@ from longllava.modeling_longllava.hub import export_model
 CODE = {
     "attention.py",
     "cache.py",
+    "causal_conv.py",
     "configuration_longllava.py",
     "modeling_longllava.py",
     "scan_compiled.py",
