@@ -331,6 +331,14 @@ def evaluate_needle(
         "runs/needle"
     ),
     seed: Annotated[int, typer.Option(help="Of the drawn digits.", min=0)] = 2024,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            help="Trials at a time, each in a process of one thread. By default one per core for the pocket model, "
+            "else 1.",
+            min=1,
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1 ...")] = "auto",
 ) -> None:
@@ -378,6 +386,7 @@ def evaluate_needle(
             needles=given or None,
             trials=trials,
             tokens_per_frame=tokens_per_frame,
+            jobs=jobs or (torch.get_num_threads() if source == str(POCKET) and device == "cpu" else 1),
             seed=seed,
         )
     typer.echo(needles.table(report))

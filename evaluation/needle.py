@@ -19,15 +19,18 @@ opened in one session and closed in each of its forks.
 
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -236,6 +239,62 @@ def run_trial(
         del behind  # before the haystack is read on: no second cache is needed then
 
 
+class Plan(NamedTuple):
+    """What all trials have in common: `frames` are the user's haystack, or None for drawn ones of `longest` frames."""
+
+    model: LongLlavaForConditionalGeneration
+    processor: LongLlavaProcessor
+    frames: list[Image.Image] | None
+    needles: list[Needle]
+    longest: int
+    tokens: int
+    seed: int
+
+    def answers(self, trial: int, cells: list[Cell], bar: tqdm) -> Iterator[dict[str, Any]]:
+        """The answers of one trial, as they come."""
+        frames = draw_frames(self.seed, trial, self.longest) if self.frames is None else self.frames
+
+        def needle_at(place: int) -> Needle:
+            if self.needles:
+                return self.needles[trial % len(self.needles)]
+            return draw_needle(self.seed, trial, place)
+
+        session = LongLlavaSession(self.model, self.processor, tokens_per_image=self.tokens)
+        for answer in run_trial(session, frames, needle_at, cells, bar):
+            yield {"trial": trial, **answer}
+
+
+_plan: list[Plan] = []  # of a process of `answers_in_processes`
+
+
+def _begin(plan: Plan) -> None:
+    torch.set_num_threads(1)
+    _plan[:] = [plan]
+
+
+def _answers(trial: int, cells: list[Cell]) -> list[dict[str, Any]]:
+    return list(_plan[0].answers(trial, cells, tqdm(disable=True)))
+
+
+def answers_in_processes(
+    plan: Plan, left: dict[int, list[Cell]], jobs: int, bar: tqdm
+) -> Iterator[list[dict[str, Any]]]:
+    """The answers of each trial, `jobs` trials at a time, every one in a process of one thread.
+
+    A model so small that its operations take microseconds is not faster with a second thread.
+    """
+    # Not forked: threads of the parent would be missing in the child, and OpenMP would wait for them.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(plan,)) as pool:
+        futures = {pool.submit(_answers, trial, cells): trial for trial, cells in left.items()}
+        try:
+            for future in as_completed(futures):
+                bar.update(pictures_read(left[futures[future]]))
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Results
 
@@ -268,7 +327,8 @@ def resume(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
 def summarize(settings: dict[str, Any], answers: list[dict[str, Any]]) -> dict[str, Any]:
     """Settings, shares of right answers (0..1; `cells` holds a row per depth, a column per length), all answers.
 
-    `up_to_length` is the share over all haystacks of at most each length, `seconds` the time of all answers together.
+    `up_to_length` is the share over all haystacks of at most each length, `seconds` the time of all answers, summed
+    over the processes that ran at the same time.
     """
     lengths, depths = settings["lengths"], settings["depths"]
     right = np.zeros((len(depths), len(lengths)))
@@ -303,7 +363,7 @@ def table(report: dict[str, Any]) -> str:
     lines += [row(name, (f"{100 * share:.1f}" for share in shares)) for name, shares in rows.items()]
     lowest = min(min(shares) for shares in accuracy["cells"])
     summary = f"{found(report)}, {settings['trials']} in each cell; the lowest cell has {100 * lowest:.1f} %"
-    return "\n".join([*lines, "", f"{summary}; {report['seconds']:.0f} s"])
+    return "\n".join([*lines, "", f"{summary}; {report['seconds']:.0f} s of all processes"])
 
 
 def found(report: dict[str, Any]) -> str:
@@ -344,6 +404,7 @@ def evaluate_needle(
     trials: int | None = None,
     tokens_per_frame: int | None = None,
     seed: int = 0,
+    jobs: int = 1,
 ) -> dict[str, Any]:
     """Find needles in haystacks of every length and depth; continue where an earlier run into `output` was stopped.
 
@@ -355,6 +416,7 @@ def evaluate_needle(
         needles: one per trial, in turn; digits in a red frame, others in each trial and place, where they are None.
         trials: answers in each cell; by default as many as there are needles, 20 of drawn ones.
         tokens_per_frame: of frames and needle alike; by default the model's own number.
+        jobs: trials at the same time, each in a process of its own with one thread and a copy of the model (CPU).
 
     Returns:
         What `needle.json` holds, see `summarize`.
@@ -384,7 +446,7 @@ def evaluate_needle(
         "seed": seed,
     }
     given = [n._replace(picture=read_picture(n.picture, f"needle {i}")) for i, n in enumerate(needles or [])]
-    frames = [] if haystack is None else read_frames(haystack, lengths[-1], processor)
+    frames = None if haystack is None else read_frames(haystack, lengths[-1], processor)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     answers = resume(output / "needle.jsonl", settings)
@@ -395,21 +457,24 @@ def evaluate_needle(
         progress(sum(map(pictures_read, left.values())), "picture") as bar,
         open(output / "needle.jsonl", "a", encoding="utf-8") as file,
     ):
-        for trial, wanted in left.items():
-            if not wanted:
-                continue
-            bar.set_description(f"trial {trial + 1} of {trials}")
-            if haystack is None:
-                frames = draw_frames(seed, trial, lengths[-1])
+        left = {trial: wanted for trial, wanted in left.items() if wanted}
+        plan = Plan(model, processor, frames, given, lengths[-1], tokens, seed)
 
-            def needle_at(place: int, trial: int = trial) -> Needle:
-                return given[trial % len(given)] if given else draw_needle(seed, trial, place)
+        def keep(answer: dict[str, Any]) -> None:
+            answers.append(answer)
+            file.write(json.dumps(answer) + "\n")
+            file.flush()
 
-            session = LongLlavaSession(model, processor, tokens_per_image=tokens)
-            for answer in run_trial(session, frames, needle_at, wanted, bar):
-                answers.append({"trial": trial, **answer})
-                file.write(json.dumps(answers[-1]) + "\n")
-                file.flush()
+        if jobs > 1:
+            bar.set_description(f"{jobs} trials at a time")
+            for found in answers_in_processes(plan, left, jobs, bar):
+                for answer in found:
+                    keep(answer)
+        else:
+            for trial, wanted in left.items():
+                bar.set_description(f"trial {trial + 1} of {trials}")
+                for answer in plan.answers(trial, wanted, bar):
+                    keep(answer)
     report = summarize(settings, sorted(answers, key=lambda a: (a["trial"], a["length"], a["depth"])))
     (output / "needle.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     plot(report, output / "needle.png")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from longllava.cli import app
@@ -139,6 +140,7 @@ def test_evaluate_needle_has_the_grid_of_the_paper_by_default(needle_settings: d
     result = runner.invoke(app, ["evaluate", "needle"])
     assert result.exit_code == 0, result.output
     assert "| 0 % | 100.0 |" in result.stdout
+    assert needle_settings.pop("jobs") == torch.get_num_threads()  # the pocket on a CPU
     assert needle_settings == {
         "model": str(command_line.POCKET), "output": Path("runs/needle"), "lengths": [*range(100, 1001, 100), 2000],
         "depths": list(range(0, 101, 10)), "haystack": None, "needles": None, "trials": None,

@@ -288,6 +288,15 @@ def test_a_stopped_run_goes_on_and_asks_nothing_twice(seer, tiny: tuple, tmp_pat
         evaluate_needle(*tiny, tmp_path / "parts", **{**settings, "lengths": [10]})
 
 
+def test_trials_in_two_processes_answer_the_same(tiny: tuple, tmp_path: Path) -> None:
+    """Without the stand-in, whose class the other processes would not know: the tiny model and real sessions."""
+    settings = {"lengths": [3, 5], "depths": [0, 100], "trials": 2}
+    one = evaluate_needle(*tiny, tmp_path / "one", **settings)
+    two = evaluate_needle(*tiny, tmp_path / "two", **settings, jobs=2)
+    assert len(two["answers"]) == 8
+    assert [{**a, "seconds": 0} for a in one["answers"]] == [{**a, "seconds": 0} for a in two["answers"]]
+
+
 def test_a_model_trained_further_is_another_model(seer, tiny: tuple, tmp_path: Path) -> None:
     settings = {"lengths": [2], "depths": [0], "needles": painted(1)}
     model, processor = tiny
