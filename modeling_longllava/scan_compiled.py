@@ -5,8 +5,8 @@ Here the compiler gets `STEPS` steps at once and makes one loop of them, over th
 state stays in a register, and of every step only y reaches memory. What else there is, softplus, D and the gate, is
 small and stays outside.
 
-Compilation takes some ten seconds once. It depends on the numbers of channels and states only, not on the length; a
-second number of channels is compiled for any. PyTorch keeps the result in its cache on disk for the next process.
+Compilation takes some ten seconds, once for every number of channels and of states, whatever the length. PyTorch keeps
+the result in its cache on disk for the next process, and in one process up to eight of them.
 """
 
 import math
@@ -72,7 +72,7 @@ def _steps(delta: Tensor, u: Tensor, rate: Tensor, B: Tensor, C: Tensor, state: 
     return torch.stack(outputs), state
 
 
-_compiled_steps = torch.compile(_steps, fullgraph=True, options=OPTIONS)
+_compiled_steps = torch.compile(_steps, fullgraph=True, dynamic=False, options=OPTIONS)
 
 
 @torch.no_grad()
@@ -91,7 +91,7 @@ def selective_scan_compiled(
     """[`selective_scan`] on a CPU without gradients; same arguments, whose shapes it takes as checked.
 
     Raises:
-        RuntimeError: if torch.compile does not work here, for example without a C++ compiler.
+        RuntimeError: if torch.compile fails, as it does without a C++ compiler.
     """
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     final_state = x.new_empty(x.shape[0], *A.shape, dtype=torch.float32)
@@ -120,8 +120,9 @@ def selective_scan_compiled(
                     y_t, state = _compiled_steps(delta, u, rate, B_t, C_t, state)
                 except TorchDynamoException as error:
                     raise RuntimeError(
-                        "LONGLLAVA_SCAN=compile cannot run: torch.compile failed, which needs a C++ compiler (g++ or "
-                        "clang++; CXX names another). LONGLLAVA_SCAN=torch needs none"
+                        f"LONGLLAVA_SCAN=compile cannot run: torch.compile failed for {A.shape[0]} channels and "
+                        f"{A.shape[1]} states. It needs a C++ compiler, g++ or the one that CXX names; "
+                        "LONGLLAVA_SCAN=torch needs none"
                     ) from error
                 outputs.append(y_t)
             y_c = torch.cat(outputs)[: len(x_c)]
