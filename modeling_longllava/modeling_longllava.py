@@ -39,7 +39,7 @@ from .attention import Visible
 from .cache import LongLlavaCache
 from .causal_conv import causal_conv1d
 from .configuration_longllava import LongLlavaConfig
-from .selective_scan import selective_scan
+from .selective_scan import selective_scan, selective_state_update
 
 
 @dataclass
@@ -226,6 +226,9 @@ class LongLlavaMambaMixer(JambaMambaMixer):
         dt = self.dt_proj(self.dt_layernorm(dt))  # (B, L, C)
         B, C = self.b_layernorm(B), self.c_layernorm(C)  # (B, L, states)
         A = -torch.exp(self.A_log.float())
+        if initial_state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
+            x, dt, B, C, z = (tensor[:, 0] for tensor in (x, dt, B, C, z))
+            return self.out_proj(selective_state_update(initial_state, x, dt, A, B, C, D=self.D, z=z)[:, None])
         y, final_state = selective_scan(x, dt, A, B, C, D=self.D, z=z, initial_state=initial_state)
         if cache_params is not None:
             cache_params.update_recurrent_state(final_state, self.layer_idx)

@@ -140,6 +140,49 @@ def selective_scan(
     return _ChunkedScan.apply(*arguments, seq_idx) if train else _scan_forward(*arguments, seq_idx)[:2]
 
 
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+) -> Tensor:
+    """The scan of one token, without gradients: a few operations, or one kernel, that write the state in place.
+
+    Args:
+        state (`Tensor` of shape `(batch, channels, states)`, float32): before the token; after it when this returns.
+        x, dt, z (`Tensor` of shape `(batch, channels)`), B, C (`(batch, states)`): as in [`selective_scan`], of one
+            token.
+
+    Returns:
+        `y` of the shape and dtype of `x`.
+
+    Raises:
+        ValueError: if two shapes do not agree; the message names the argument and both shapes.
+    """
+    with_time = [None if tensor is None else tensor[:, None] for tensor in (x, dt, B, C, z)]
+    _check_shapes(with_time[0], with_time[1], A, with_time[2], with_time[3], D, with_time[4], dt_bias, state, None)
+    backend = selective_scan_backend(x.device)
+    if HAS_TRITON and backend in ("triton", "mamba_ssm"):
+        from .scan_triton import selective_state_update_triton
+
+        return selective_state_update_triton(state, x, dt, A, B, C, D, z, dt_bias)[0]
+    values = x.float()
+    delta = F.softplus(dt.float() if dt_bias is None else dt.float() + dt_bias.float())
+    state.mul_(torch.exp2(delta[..., None] * (A.float() * LOG2_E)))
+    state.addcmul_((delta * values)[..., None], B.float()[:, None])
+    y = torch.matmul(state, C.float()[..., None])[..., 0]
+    if D is not None:
+        y = torch.addcmul(y, values, D.float())
+    if z is not None:
+        y = y * F.silu(z.float())
+    return y.to(x.dtype)
+
+
 def selective_scan_backend(device: torch.device | str | None = None) -> str:
     """Name what [`selective_scan`] runs for tensors on `device`: `mamba_ssm`, `triton`, `torch` or `compile`.
 

@@ -13,6 +13,7 @@ from longllava.modeling_longllava import (
     selective_scan_backend,
     selective_scan_ref,
 )
+from longllava.modeling_longllava.selective_scan import selective_state_update
 
 # `longllava.modeling_longllava.selective_scan` is the function; this is the module of the same name.
 scan_module = importlib.import_module("longllava.modeling_longllava.selective_scan")
@@ -270,6 +271,24 @@ def test_on_a_gpu():
     y_ref, state_ref = selective_scan_ref(**args)
     assert_same(y, y_ref, 1e-4, f"y ({selective_scan_backend()})")
     assert_same(state, state_ref, 1e-4, "state")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_token_in_place_equals_the_scan(backend, dtype, monkeypatch):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setenv("LONGLLAVA_SCAN", backend)
+    args = arguments(length=1, dtype=dtype)
+    y_ref, final_ref = selective_scan_ref(**args)
+    state = args.pop("initial_state").clone()
+    one = {name: args[name][:, 0] for name in ("x", "dt", "B", "C", "z")}
+    y = selective_state_update(state, **one, A=args["A"], D=args["D"], dt_bias=args["dt_bias"])
+    assert y.dtype == dtype
+    assert_same(y, y_ref[:, 0], 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps, "y")
+    assert_same(state, final_ref, 1e-5, "state")
+    with pytest.raises(ValueError, match=r"^B has shape"):
+        selective_state_update(state, **one | {"B": one["B"][:, 1:]}, A=args["A"])
 
 
 @pytest.mark.parametrize("function", [selective_scan, selective_scan_ref])
