@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
     from longllava.evaluation.measure import Report
 
-# Read when torch loads its threads. Threads of libgomp spin while they wait, by default for so long that they take the
-# cores from each other as soon as anything else runs on the machine. This is much shorter.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# Read when torch loads its threads, so it comes first: threads that spin while they wait take the cores from each other
+# as soon as anything else runs on the machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 

@@ -152,7 +152,7 @@ class LongLlavaMultiModalProjector(nn.Module):
 class CausalConv1d(nn.Conv1d):
     """[`causal_conv1d`] as a module, with the parameters of `nn.Conv1d`."""
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:  # type: ignore[override]
         """(B, L, C) after (B, K - 1, C) -> (B, L, C)"""
         return causal_conv1d(x, self.weight.squeeze(1), self.bias, context)
 
