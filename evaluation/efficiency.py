@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from longllava.evaluation.measure import Report
 
-# Read when torch loads its threads: threads that spin while they wait take the cores from each other as soon as anything
-# else runs on the machine.
+# Read when torch loads its threads. If they spin while they wait, they take the cores from each other as soon as
+# anything else runs on the machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
