@@ -174,6 +174,8 @@ def chat(
     }
     for line in describe_costs(read_media(talk, found)):
         typer.echo(line, err=True)
+    if session is not None and found:
+        talk.save(session)
     window = network.config.text_config.max_position_embeddings
     for text in questions(question):
         sys.stderr.flush()

@@ -97,7 +97,7 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: 
         return F.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
         )
-    if query.device.type != "cpu" or (torch.is_grad_enabled() and query.requires_grad):
+    if query.device.type != "cpu" or dropout > 0 or (torch.is_grad_enabled() and query.requires_grad):
         # FlashAttention knows a causal mask that ends in the lower right corner; PyTorch's CPU kernel does not.
         mask = causal_lower_right(length, length + past)
         return F.scaled_dot_product_attention(

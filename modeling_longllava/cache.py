@@ -4,6 +4,7 @@ Of L cached tokens an attention layer keeps keys and values (batch, heads, L, he
 inputs of its convolution and one state, whatever L is. For the 9B that is 16 KB per token in bfloat16 and 15 MB.
 """
 
+from threading import Lock
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -21,6 +22,7 @@ class _Buffer:
     def __init__(self, keys: Tensor, values: Tensor):
         self.keys, self.values = keys, values
         self.layers: WeakSet[GrowingLayer] = WeakSet()
+        self.lock = Lock()  # forks may be asked in threads of their own
 
 
 class GrowingLayer(DynamicLayer):
@@ -47,7 +49,7 @@ class GrowingLayer(DynamicLayer):
             ValueError: if the new ones have another dtype or batch size than the cached ones.
         """
         if torch.is_grad_enabled() and key_states.requires_grad:
-            self._buffer = None  # gradients do not survive writing in place
+            self._leave()  # gradients do not survive writing in place
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -59,35 +61,42 @@ class GrowingLayer(DynamicLayer):
             )
         total = length + key_states.shape[-2]
         buffer = self._buffer
-        if buffer is None or not self._may_write(buffer, length, total):
+        if buffer is None or not self._claim(buffer, length, total):
             buffer = self._move(key_states, value_states, length, total)
         buffer.keys[:, :, length:total] = key_states
         buffer.values[:, :, length:total] = value_states
-        self.keys, self.values = buffer.keys[:, :, :total], buffer.values[:, :, :total]
         return self.keys, self.values
 
-    def _may_write(self, buffer: _Buffer, length: int, total: int) -> bool:
+    def _claim(self, buffer: _Buffer, length: int, total: int) -> bool:
+        """Whether the buffer has room for `total` tokens, where nobody else has written; if so, it is taken."""
         # Reordering beams, offloading and the like replace `keys` by a tensor outside of the buffer.
         inside = length == 0 or self.keys.data_ptr() == buffer.keys.data_ptr()
-        longest = all(layer is self or layer.get_seq_length() <= length for layer in buffer.layers)
-        return inside and longest and total <= buffer.keys.shape[-2]
+        if not inside or buffer.keys.shape[2] < total or (length > 0 and self.keys.shape[0] != buffer.keys.shape[0]):
+            return False
+        with buffer.lock:
+            if any(layer is not self and layer.get_seq_length() > length for layer in buffer.layers):
+                return False
+            self.keys, self.values = buffer.keys[:, :, :total], buffer.values[:, :, :total]
+        return True
 
     def _move(self, key_states: Tensor, value_states: Tensor, length: int, total: int) -> _Buffer:
         room = max(self.reserved, int(total * GROWTH), total + SPARE)
-        self._leave()
         moved = []
         for old, new in ((self.keys, key_states), (self.values, value_states)):
             tensor = new.new_empty(*new.shape[:2], room, new.shape[-1])
             if length > 0:
                 tensor[:, :, :length] = old
             moved.append(tensor)
-        self._buffer = _Buffer(*moved)
-        self._buffer.layers.add(self)
-        return self._buffer
+        self._leave()
+        buffer = self._buffer = _Buffer(*moved)
+        buffer.layers.add(self)
+        self.keys, self.values = buffer.keys[:, :, :total], buffer.values[:, :, :total]
+        return buffer
 
     def _leave(self) -> None:
         if self._buffer is not None:
-            self._buffer.layers.discard(self)
+            with self._buffer.lock:
+                self._buffer.layers.discard(self)
             self._buffer = None
 
     def share(self) -> "GrowingLayer":
@@ -95,12 +104,15 @@ class GrowingLayer(DynamicLayer):
         other = GrowingLayer()
         other.__dict__.update(self.__dict__)
         if self._buffer is not None:
-            self._buffer.layers.add(other)
+            with self._buffer.lock:
+                self._buffer.layers.add(other)
         return other
 
     def truncate(self, length: int) -> None:
-        """Keep the first `length` tokens."""
-        if self.is_initialized:
+        """Keep the first `length` tokens; with none the layer is as new."""
+        if length == 0:
+            self.reset()
+        elif self.is_initialized:
             self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
 
     def offload(self) -> None:
@@ -149,6 +161,12 @@ class LongLlavaCache(DynamicCache):
         states = tuple(_copy_states(layer) if _is_mamba(layer) else None for layer in self.layers)
         return Snapshot(self.get_seq_length(), states)
 
+    @staticmethod
+    def on_cpu(snapshot: Snapshot) -> Snapshot:
+        """The snapshot with its states on the CPU, for keeping."""
+        states = (None if pair is None else (pair[0].cpu(), pair[1].cpu()) for pair in snapshot.states)
+        return Snapshot(snapshot.length, tuple(states))
+
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot of this cache, or of the one that it was forked from.
 
@@ -159,11 +177,13 @@ class LongLlavaCache(DynamicCache):
             raise ValueError(
                 f"a snapshot of {snapshot.length} tokens cannot be restored in a cache of {self.get_seq_length()}"
             )
-        for layer, states in zip(self.layers, snapshot.states, strict=True):
+        for index, (layer, states) in enumerate(zip(self.layers, snapshot.states, strict=True)):
             if isinstance(layer, GrowingLayer):
                 layer.truncate(snapshot.length)
             else:
-                _set_states(layer, states)
+                if states is None:
+                    self.layers[index] = LinearAttentionLayer()
+                _set_states(self.layers[index], states)
 
     def fork(self) -> "LongLlavaCache":
         """A second cache with the same past; keys and values are shared until one of the two writes over the other."""
@@ -192,9 +212,10 @@ def _copy_states(layer: LinearAttentionLayer) -> tuple[Tensor, Tensor] | None:
 
 def _set_states(layer: LinearAttentionLayer, states: tuple[Tensor, Tensor] | None) -> None:
     if states is None:
-        layer.reset()
         return
     conv, recurrent = states
+    if layer.device is not None:  # a snapshot may lie on the CPU
+        conv, recurrent = conv.to(layer.device), recurrent.to(layer.device)
     layer.update_conv_state(conv)  # makes room, if there is none; of what it joined to the old ones only `conv` stays
     layer.update_recurrent_state(recurrent)
 

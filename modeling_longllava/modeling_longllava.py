@@ -391,14 +391,18 @@ class LongLlavaModel(LongLlavaPreTrainedModel):
                     own, rest[row] = [joined[:count]], joined[count:] if count < len(joined) else None
                 merged += own
             yield merged
+        if not isinstance(pixel_values, Sized) and next(pictures, None) is not None:
+            raise ValueError(f"pixel_values goes on behind the {len(order)} pictures of the input")
 
     def _pieces(self, length: int, size: int, cache: Cache | None, kwargs: dict) -> list[slice]:
         """The parts of an input of `length` tokens that are run one after the other."""
-        whole = (
-            cache is None
-            or torch.is_grad_enabled()
-            or any(kwargs.get(f"output_{name}") for name in ("hidden_states", "attentions", "router_logits"))
-        )
+        text_config, wanted = self.config.text_config, False
+        for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
+            given = kwargs.get(name)
+            wanted = wanted or bool(getattr(text_config, name) if given is None else given)
+        # Checkpointed layers keep no cache in training.
+        no_cache = cache is None or (self.training and self.language_model.gradient_checkpointing)
+        whole = no_cache or wanted or torch.is_grad_enabled()
         step = length if whole else size
         return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
@@ -412,6 +416,11 @@ class LongLlavaModel(LongLlavaPreTrainedModel):
         if text_config._attn_implementation != LONGLLAVA_SDPA:
             return attention_mask
         total = new + (0 if cache is None else int(cache.get_seq_length()))
+        if attention_mask is not None and attention_mask.shape[1] != total:
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[1]} columns, but there are {total - new} cached tokens and "
+                f"{new} new ones"
+            )
         if attention_mask is None or bool(attention_mask.all()):
             return {"full_attention": Visible(total, None), "linear_attention": None}
         seen = attention_mask.bool()
@@ -515,6 +524,10 @@ class LongLlavaModel(LongLlavaPreTrainedModel):
             first = max(length - keep - piece.start, 0)
             if first < embeds.shape[1]:
                 hidden.append(outputs.last_hidden_state[:, first:])
+        if pixel_values is not None:
+            next(by_piece, None)  # an error if pictures are left
+        if isinstance(past_key_values, LongLlavaCache):
+            past_key_values.reserve(0)
         return LongLlavaModelOutputWithPast(
             last_hidden_state=hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=1),
             past_key_values=outputs.past_key_values,
@@ -662,6 +675,11 @@ class LongLlavaForConditionalGeneration(LongLlavaPreTrainedModel, GenerationMixi
         )
         if pixel_values is None or not (is_first_iteration or kwargs.get("use_cache") is False):
             return inputs
+        if kwargs.get("use_cache") is False and not isinstance(pixel_values, Sized):
+            raise ValueError(
+                f"pixel_values is a {type(pixel_values).__name__}, which gives every picture once, but without a "
+                "cache each token needs them again: give a tensor or a sequence"
+            )
         is_image = self.model.is_image_token(input_ids, inputs_embeds)
         if next_sequence_length is not None and next_sequence_length < is_image.shape[1]:
             tokens = self._picture_tokens(pixel_values, image_grid_hw, is_image)

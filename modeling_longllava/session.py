@@ -12,12 +12,13 @@ picture, and text behind the last picture, answers too, is tokenized anew each t
 other tokens than are cached. The point right behind the last picture, to which this may lead back, is the `anchor`.
 """
 
+import io
 import json
 import os
 import threading
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +35,8 @@ from transformers.utils import logging
 from .cache import GrowingLayer, LongLlavaCache, Snapshot
 
 FORMAT = 1  # of saved sessions
+# Of the processor, what a session and each `watch` may set. The last three choose among the frames of a video.
+OPTIONS = ("tokens_per_image", "tokens_per_frame", "sub_images", "max_tiles", "num_frames", "fps", "max_frames")
 GROUP = 64  # pictures that are taken from an iterator at a time
 # What must agree between the model that read a saved session and the one that goes on: all that decides a shape or a
 # token. (The weights have a checksum.)
@@ -59,6 +62,7 @@ class _Anchor(NamedTuple):
     cache: Snapshot
     tokens: int
     done: int  # characters of the conversation, as the chat template writes it, up to here
+    checksum: int  # of these characters
     tail: str  # what expanding the last placeholder left behind its last picture, such as "</img></vid>"
 
 
@@ -85,7 +89,10 @@ class _Stop(StoppingCriteria):
 class LongLlavaSession:
     """One conversation with a model. See the head of this file for its use.
 
-    If a call fails, or is interrupted, the session is what it was before the call.
+    If a call fails, or is interrupted, the session is what it was before the call. (Text behind the last picture may
+    have left the cache; it is read again.) One call runs at a time; forks may run in threads of their own.
+
+    The chat template must only append: what it writes for the turns so far must not change with later ones.
 
     Args:
         model (`LongLlavaForConditionalGeneration`): answers; its `prefill_chunk_size` bounds memory beside the cache.
@@ -94,7 +101,7 @@ class LongLlavaSession:
             `num_frames`, `fps`, `max_frames`); each call of `watch` may change them.
 
     Raises:
-        ValueError: if model and processor have different ids for the image token.
+        ValueError: if model and processor have different ids for the image token, or an option is unknown.
     """
 
     def __init__(self, model: Any, processor: Any, **options: Any):
@@ -103,19 +110,20 @@ class LongLlavaSession:
                 f"the processor's image token has id {processor.image_token_id}, "
                 f"that of the model {model.config.image_token_id}"
             )
+        _check_options(options)
         self.model, self.processor, self.options = model, processor, options
         self._cache = LongLlavaCache(model.config)
         self._ids = torch.empty(1, 0, dtype=torch.long)  # of all cached tokens
         self._messages: tuple[dict[str, Any], ...] = ()
         self._pictures = 0
-        self._anchor = _Anchor(self._cache.snapshot(), 0, 0, "")
+        self._anchor = _Anchor(self._cache.snapshot(), 0, 0, 0, "")
         self._points: list[_Point] = []  # before each question; the last one also while a call runs
         self._busy = False
 
     @property
     def messages(self) -> list[dict[str, Any]]:
         """The conversation as messages with content blocks; of pictures and videos the paths, if they have one."""
-        return [{"role": message["role"], "content": list(message["content"])} for message in self._messages]
+        return [{"role": m["role"], "content": [dict(block) for block in m["content"]]} for m in self._messages]
 
     @property
     def num_tokens(self) -> int:
@@ -136,38 +144,39 @@ class LongLlavaSession:
             images: one picture, or a list or iterator of them: paths, URLs, PIL pictures, arrays.
             video: a video file, a list of frames, or an iterator of live frames, which are all taken and read in
                 groups as they come; the call returns when it ends.
-            options: for the processor, over those of the session.
+            options: for the processor, over those of the session. `num_frames`, `fps` and `max_frames` choose among
+                the frames of a video file or list; of live frames each is taken.
 
         Returns:
             What each picture, or the video, became.
 
         Raises:
-            ValueError: if a picture cannot be read; the message names it.
+            ValueError: if a picture cannot be read, there is none, or an option is unknown; the message names it.
         """
         if (images is None) == (video is None):
             raise ValueError("watch takes images or a video, one of the two")
-        options = self.options | options
+        _check_options(options)
+        given, options = options, self.options | options
         with self._undone_on_error():
             if video is not None:
-                return [
-                    self._watch_frames(video) if isinstance(video, Iterator) else self._watch_video(video, options)
-                ]
-            if not isinstance(images, Iterator):
-                return self._watch_images(_as_list(images), options)
-            watched: list[Watched] = []
-            while group := list(islice(images, GROUP)):
-                watched += self._watch_images(group, options)
+                live = isinstance(video, Iterator)
+                return [self._watch_frames(video, given) if live else self._watch_video(video, options)]
+            if isinstance(images, Iterator) and not isinstance(images, io.IOBase):  # a file iterates over its lines
+                groups: Iterable[list[Any]] = iter(lambda: list(islice(images, GROUP)), [])
+            else:
+                groups = [_as_list(images)]
+            watched = [seen for group in groups if group for seen in self._watch_images(group, options)]
+            if not watched:
+                raise ValueError("0 pictures are given")
             return watched
 
     def _watch_images(self, images: list[Any], options: dict[str, Any]) -> list[Watched]:
-        if not images:
-            return []
         self._add("user", [_block("image", source) for source in images])
         placeholder = self.processor.image_token
-        text, done = self._unread_text(placeholder)
+        text, read = self._unread_text(placeholder)
         expanded = self.processor.expand(text, images=images, **options)
         (text,), (sides,) = expanded.texts, expanded.sides
-        self._read(text, sides, expanded.pictures, done)
+        self._read(text, sides, expanded.pictures, read)
         bounds = expanded.bounds[0][0]
         watched, rest = [], iter(sides)
         for start, stop in zip(bounds[1:-1:2], bounds[2::2], strict=True):  # every second stretch is a placeholder's
@@ -177,20 +186,22 @@ class LongLlavaSession:
 
     def _watch_video(self, video: Any, options: dict[str, Any]) -> Watched:
         self._add("user", [_block("video", video)])
-        text, done = self._unread_text(self.processor.video_token)
+        text, read = self._unread_text(self.processor.video_token)
         expanded = self.processor.expand(text, videos=[video], **options)
         (text,), (sides,) = expanded.texts, expanded.sides
-        self._read(text, sides, expanded.pictures, done)
+        self._read(text, sides, expanded.pictures, read)
         return Watched(len(sides), sum(side * side for side in sides))
 
-    def _watch_frames(self, frames: Iterator[Any]) -> Watched:
+    def _watch_frames(self, frames: Iterator[Any], options: dict[str, Any]) -> Watched:
         """Frames of which nobody knows how many will come: groups of a video that ends with the iterator."""
+        for name in ("num_frames", "fps", "max_frames"):
+            if options.get(name) is not None:
+                raise ValueError(f"{name} is {options[name]}, but of live frames each is taken: leave it out")
+        options = self.options | options
+        tokens = {name: options[name] for name in ("tokens_per_image", "tokens_per_frame") if name in options}
         self._add("user", [{"type": "video"}])
-        text, done = self._unread_text(self.processor.video_token)
+        text, read = self._unread_text(self.processor.video_token)
         before = text.removesuffix(self.processor.video_token)
-        tokens = {
-            name: self.options[name] for name in ("tokens_per_image", "tokens_per_frame") if name in self.options
-        }
         views = total = 0
         while group := list(islice(frames, GROUP)):
             expanded = self.processor.expand(
@@ -199,7 +210,7 @@ class LongLlavaSession:
             (text,), (sides,) = expanded.texts, expanded.sides
             if views > 0:  # goes on inside of the video
                 text = self._anchor.tail.removesuffix("</vid>") + "<t>" + text.removeprefix("<vid>")
-            self._read(before + text, sides, expanded.pictures, done)
+            self._read(before + text, sides, expanded.pictures, read)
             before = ""
             views, total = views + len(sides), total + sum(side * side for side in sides)
         if views == 0:
@@ -215,54 +226,82 @@ class LongLlavaSession:
         else:
             self._messages = (*self._messages, {"role": role, "content": tuple(blocks)})
 
-    def _rendered(self, **options: Any) -> str:
+    def _conversation(self, **options: Any) -> str:
+        """The whole conversation as the chat template writes it."""
         rendered = self.processor.apply_chat_template(self.messages, tokenize=False, **options)
+        if zlib.crc32(rendered[: self._anchor.done].encode()) != self._anchor.checksum:
+            raise ValueError(
+                f"the chat template writes the first {self._anchor.done} characters of this conversation otherwise "
+                "than when they were read: the session needs the template it began with, and one that only appends"
+            )
         return rendered
 
-    def _unread_text(self, placeholder: str) -> tuple[str, int]:
-        """The text from the anchor to the last placeholder, and where that ends in the whole conversation."""
-        rendered = self._rendered()
-        done = rendered.rindex(placeholder) + len(placeholder)
-        return self._anchor.tail + rendered[self._anchor.done : done], done
+    def _unread_text(self, placeholder: str) -> tuple[str, str]:
+        """The text from the anchor to the last placeholder, and the whole conversation up to there."""
+        rendered = self._conversation()
+        rendered = rendered[: rendered.rindex(placeholder) + len(placeholder)]
+        return self._anchor.tail + rendered[self._anchor.done :], rendered
 
     def _new_ids(self, text: str, sides: list[int]) -> Tensor:
         """Of the text behind the anchor the ids (1, L) that are not cached, after going back if cached ones differ."""
         ids = torch.from_numpy(self.processor.tokenize(text, sides)[0])[None]
         cached = self._ids[:, self._anchor.tokens :]
-        if not torch.equal(ids[:, : cached.shape[1]], cached):
-            self._go_to_anchor()
-            return ids
-        return ids[:, cached.shape[1] :]
+        length = min(ids.shape[1], cached.shape[1])
+        same = int((ids[:, :length] == cached[:, :length]).int().cumprod(1).sum())
+        if same < cached.shape[1]:
+            self._go_back(self._anchor.tokens + same)
+        return ids[:, self.num_tokens - self._anchor.tokens :]
 
-    def _go_to_anchor(self) -> None:
-        anchor = self._anchor
-        self._cache.restore(anchor.cache)
-        self._ids = self._ids[:, : anchor.tokens]
-        # Points behind the anchor lose their tokens, not their text: it will be read again.
+    def _go_back(self, tokens: int) -> None:
+        """Let the cache go back to a state with at most so many tokens, behind the anchor or at it."""
+        cache, known = self._anchor.cache, self._anchor.tokens
+        for point in self._points:
+            if known < point.tokens <= tokens:
+                cache, known = point.cache, point.tokens
+        self._cache.restore(cache)
+        self._ids = self._ids[:, :known]
+        # Points behind it lose their tokens, not their text: it will be read again.
         self._points = [
-            point if point.tokens <= anchor.tokens else point._replace(cache=anchor.cache, tokens=anchor.tokens)
-            for point in self._points
+            point if point.tokens <= known else point._replace(cache=cache, tokens=known) for point in self._points
         ]
 
-    @torch.no_grad()
-    def _read(self, text: str, sides: list[int], pictures: Iterable[Tensor], done: int) -> None:
-        """Prefill the text behind the anchor up to its last picture, and set the anchor there."""
+    def _read(self, text: str, sides: list[int], pictures: Iterable[Tensor], read: str) -> None:
+        """Prefill the text behind the anchor up to its last picture, and set the anchor there.
+
+        `read` is the whole conversation up to that picture's placeholder.
+        """
         head, token, tail = text.rpartition(self.processor.image_token)
         ids = self._new_ids(head + token, sides)
         progress = logging.tqdm(
             pictures, total=len(sides), unit="picture", desc="reading", disable=True if len(sides) <= 64 else None
         )
-        self.model(
-            input_ids=ids.to(self.model.device),
-            pixel_values=iter(progress),
-            image_grid_hw=torch.tensor(sides)[:, None].expand(-1, 2),
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        with self._computing():
+            self.model(
+                input_ids=ids.to(self._device),
+                pixel_values=iter(progress),
+                image_grid_hw=torch.tensor(sides)[:, None].expand(-1, 2),
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            snapshot = self._cache.snapshot()
         self._ids = torch.cat([self._ids, ids], 1)
         self._pictures += len(sides)
-        self._anchor = _Anchor(self._cache.snapshot(), self._ids.shape[1], done, tail)
+        self._anchor = _Anchor(snapshot, self.num_tokens, len(read), zlib.crc32(read.encode()), tail)
+
+    @property
+    def _device(self) -> torch.device:
+        """Where inputs go; the weights of an offloaded model are on "meta", and its hooks move the inputs."""
+        return torch.device("cpu") if self.model.device.type == "meta" else self.model.device
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Nothing of the caller's modes: what is cached must be usable in any of them, and in other threads."""
+        with ExitStack() as modes:
+            modes.enter_context(torch.inference_mode(False))
+            modes.enter_context(torch.no_grad())
+            modes.enter_context(torch.autocast(self._device.type, enabled=False))
+            yield
 
     # ---- asking
 
@@ -275,10 +314,15 @@ class LongLlavaSession:
         Raises:
             ValueError: if the question is empty or holds a placeholder of a picture, or more than one sequence is
                 asked for; nothing has changed then.
+
+        An answer that spells a placeholder, such as `<video>`, stays in the conversation as `< video>`: it would stand
+        for a video there.
         """
         with self._undone_on_error(keep=True):
             inputs = self._ask(question, options)
-            return self._answered(inputs, self.model.generate(**inputs))
+            with self._computing():
+                output = self.model.generate(**inputs)
+            return self._answered(inputs, output)
 
     def stream(self, question: str, **options: Any) -> Iterator[str]:
         """The answer piece by piece, as it is written; it begins with the first piece that is asked for.
@@ -286,15 +330,18 @@ class LongLlavaSession:
         Closing the iterator early ends the answer there, and what was written stays as the turn. Until it is exhausted
         or closed the session does nothing else. Arguments and errors as in [`ask`].
         """
+        if "streamer" in options:
+            raise ValueError("stream has a streamer of its own; ask takes another one")
         with self._undone_on_error(keep=True):
             inputs = self._ask(question, options)
             stop, results = _Stop(), []
             streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-            inputs["stopping_criteria"] = StoppingCriteriaList([*options.get("stopping_criteria", []), stop])
+            inputs["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or []), stop])
 
             def generate() -> None:
                 try:
-                    results.append(self.model.generate(**inputs, streamer=streamer))
+                    with self._computing():
+                        results.append(self.model.generate(**inputs, streamer=streamer))
                 except BaseException as error:
                     results.append(error)
                 finally:
@@ -308,9 +355,10 @@ class LongLlavaSession:
             finally:
                 stop.event.set()
                 thread.join()
-            if isinstance(results[0], BaseException):
-                raise results[0]
-            self._answered(inputs, results[0])
+            result = results.pop()  # an error that this list kept would keep the session alive
+            if isinstance(result, BaseException):
+                raise result
+            self._answered(inputs, result)
 
     def _ask(self, question: str, options: dict[str, Any]) -> dict[str, Any]:
         """Append the question; what `generate` takes to answer it."""
@@ -319,14 +367,15 @@ class LongLlavaSession:
         for placeholder in (self.processor.image_token, self.processor.video_token):
             if placeholder in question:
                 raise ValueError(f"a question cannot contain {placeholder}: it stands for a picture or video")
+        config = options.get("generation_config") or self.model.generation_config
         for name in ("num_beams", "num_return_sequences"):
-            number = options.get(name, getattr(self.model.generation_config, name)) or 1
+            number = options.get(name, getattr(config, name)) or 1
             if number > 1:
                 raise ValueError(f"{name} is {number}, but a session goes on from one sequence: it must be 1")
         self._add("user", [{"type": "text", "text": question}])
-        text = self._anchor.tail + self._rendered(add_generation_prompt=True)[self._anchor.done :]
+        text = self._anchor.tail + self._conversation(add_generation_prompt=True)[self._anchor.done :]
         new = self._new_ids(text, [])
-        ids = torch.cat([self._ids, new], 1).to(self.model.device)
+        ids = torch.cat([self._ids, new], 1).to(self._device)
         return {
             **options,
             "input_ids": ids,
@@ -340,13 +389,18 @@ class LongLlavaSession:
         sequence = output.sequences
         text = self.processor.tokenizer.decode(sequence[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         self._ids = sequence[:, : self._cache.get_seq_length()].cpu()  # the last token was sampled, not read
-        self._add("assistant", [{"type": "text", "text": text}])
+        kept = text
+        for placeholder in (self.processor.image_token, self.processor.video_token):
+            kept = kept.replace(placeholder, placeholder[0] + " " + placeholder[1:])
+        self._add("assistant", [{"type": "text", "text": kept}])
         return text
 
     # ---- back, aside, and into a file
 
     def rewind(self) -> None:
         """Take back the last question and its answer, and whatever was watched after it.
+
+        For this every question keeps a copy of the Mamba states on the CPU: 16 MB each for the 9B.
 
         Raises:
             ValueError: if there is no question.
@@ -366,26 +420,33 @@ class LongLlavaSession:
         other = object.__new__(LongLlavaSession)
         other.__dict__.update(self.__dict__)
         other.options, other._points = dict(self.options), list(self._points)
-        other._cache = self._cache.fork()
+        with self._computing():
+            other._cache = self._cache.fork()
         return other
 
     def _point(self) -> _Point:
-        return _Point(self._cache.snapshot(), self.num_tokens, self._messages, self._pictures, self._anchor)
+        with self._computing():
+            snapshot = self._cache.on_cpu(self._cache.snapshot())
+        return _Point(snapshot, self.num_tokens, self._messages, self._pictures, self._anchor)
 
     def _return_to(self, point: _Point) -> None:
-        self._cache.restore(point.cache)
+        with self._computing():
+            self._cache.restore(point.cache)
         self._ids = self._ids[:, : point.tokens]
         self._messages, self._pictures, self._anchor = point.messages, point.pictures, point.anchor
 
     def _check_idle(self) -> None:
         if self._busy:
-            raise RuntimeError("an answer is being streamed: exhaust the iterator or close it first")
+            raise RuntimeError(
+                "another call of this session is running; if an answer is being streamed, exhaust its iterator or "
+                "close it"
+            )
 
     @contextmanager
     def _undone_on_error(self, keep: bool = False) -> Iterator[None]:
         """Go back to the present state if the block fails. `keep` leaves that point for `rewind`."""
         self._check_idle()
-        self._check_dtype()
+        self._check_model()
         self._points.append(self._point())
         self._busy = True
         try:
@@ -399,7 +460,9 @@ class LongLlavaSession:
         finally:
             self._busy = False
 
-    def _check_dtype(self) -> None:
+    def _check_model(self) -> None:
+        if self.model.training:
+            raise ValueError("the model is in training mode: call model.eval() first")
         for layer in self._cache.layers:
             if isinstance(layer, GrowingLayer) and layer.is_initialized and layer.keys.dtype != self.model.dtype:
                 raise ValueError(
@@ -409,9 +472,15 @@ class LongLlavaSession:
     def save(self, path: str | Path) -> None:
         """Write the session, without pictures, to one safetensors file; an older file of that name stays until then.
 
-        The file holds the cache: about as many bytes as it has in memory.
+        The file holds the cache, and the Mamba states that `rewind` needs for each question.
+
+        Raises:
+            FileNotFoundError: if there is no such folder.
         """
         self._check_idle()
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {path.parent} for the session {path.name}")
         snapshots: list[Snapshot] = []  # points share them
 
         def number(snapshot: Snapshot) -> int:
@@ -444,9 +513,8 @@ class LongLlavaSession:
                 if states is not None:
                     tensors[f"snapshots.{place}.{index}.convolution"] = states[0].cpu().contiguous()
                     tensors[f"snapshots.{place}.{index}.state"] = states[1].cpu().contiguous()
-        path = Path(path)
         partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, metadata={"longllava_session": json.dumps(header)})
+        save_file(tensors, partial, metadata={"longllava_session": json.dumps(header, default=_as_number)})
         os.replace(partial, path)
 
     @classmethod
@@ -457,6 +525,8 @@ class LongLlavaSession:
             ValueError: if the file is cut off or no session, of another format, or of a model with another
                 configuration, other weights or another dtype; the message names what differs and both values.
         """
+        if any(weight.is_meta for weight in model.parameters()):
+            raise ValueError("a session is loaded for a model whose weights are in place, not for an offloaded one")
         session = cls(model, processor)
         try:
             with safe_open(path, framework="pt") as file:
@@ -464,7 +534,8 @@ class LongLlavaSession:
                 if header is None:
                     raise ValueError(f"{path} is a safetensors file, but no saved session")
                 _check_header(path, header, model)
-                session._fill(file, header)
+                with session._computing():
+                    session._fill(file, header)
         except SafetensorError as error:
             raise ValueError(f"{path} is cut off or not a saved session: {error}") from error
         return session
@@ -514,7 +585,22 @@ def _as_list(images: Any) -> list[Any]:
 
 
 def _block(kind: str, source: Any) -> dict[str, Any]:
-    return {"type": kind, "path": str(source)} if isinstance(source, str | Path) else {"type": kind}
+    """A content block with the path or URL of its source; not with one that is the picture itself, as `data:` URLs."""
+    named = isinstance(source, Path) or (isinstance(source, str) and len(source) < 4096 and source[:5] != "data:")
+    return {"type": kind, "path": str(source)} if named else {"type": kind}
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    for name in options:
+        if name not in OPTIONS:
+            raise ValueError(f"{name} is no option of a session; there are {', '.join(OPTIONS)}")
+
+
+def _as_number(value: Any) -> Any:
+    """A number of numpy as JSON knows it."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"an option of the session is a {type(value).__name__}, which cannot be saved")
 
 
 def _fingerprint(model: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from transformers.utils import logging
 from .picture_reading_longllava import TowerInput, cut_tiles, read_picture
 from .video_reading_longllava import VideoFile
 
-READ_AHEAD = 64  # pictures that are ready, or about to be, before they are asked for
+READ_AHEAD = 32  # pictures that are ready, or about to be, before they are asked for
 PROGRESS_ABOVE = 64  # pictures
 
 
@@ -55,7 +55,14 @@ class PictureStream:
     def __repr__(self) -> str:
         return f"{type(self).__name__} of {len(self)} pictures of {self._prepare.side} pixels"
 
-    def __getitem__(self, chosen: slice | Sequence[int]) -> "PictureStream":
+    @overload
+    def __getitem__(self, chosen: int) -> torch.Tensor: ...
+    @overload
+    def __getitem__(self, chosen: slice | Sequence[int]) -> "PictureStream": ...
+
+    def __getitem__(self, chosen: int | slice | Sequence[int]) -> "torch.Tensor | PictureStream":
+        if isinstance(chosen, int):
+            return next(iter(self[[chosen]]))
         parts = self._parts[chosen] if isinstance(chosen, slice) else [self._parts[index] for index in chosen]
         return PictureStream(parts, self._prepare)
 

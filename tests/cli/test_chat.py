@@ -93,6 +93,11 @@ def test_conversation_reads_lines(tiny_folder: Path, picture_files: list[Path]) 
 
 def test_a_session_goes_on_another_day(tiny_folder: Path, picture_files: list[Path], tmp_path: Path) -> None:
     kept = tmp_path / "kept.session"
+    read = runner.invoke(
+        app, ["chat", str(picture_files[0]), "-m", str(tiny_folder), "--session", str(kept)], input=""
+    )
+    assert read.exit_code == 0 and kept.exists()  # what was read is kept without a question too
+    kept.unlink()
     arguments = ["--model", str(tiny_folder), "--max-new-tokens", "3", "--session", str(kept)]
     first = runner.invoke(app, ["chat", *map(str, picture_files), "-q", "First?", *arguments])
     assert first.exit_code == 0, first.output

@@ -124,6 +124,12 @@ def test_another_dtype_or_number_of_rows_is_an_error_and_changes_nothing() -> No
     assert layer.get_seq_length() == 6
 
 
+def test_rows_that_were_left_out_do_not_come_back() -> None:
+    layer = layer_with(6, rows=3)
+    layer.keys, layer.values = layer.keys[:1], layer.values[:1]
+    assert layer.update(*pair(1))[0].shape[0] == 1
+
+
 def test_gradients_flow_through_cached_keys() -> None:
     layer = GrowingLayer()
     first, second = (pair(3, seed=seed)[0].requires_grad_() for seed in (0, 1))

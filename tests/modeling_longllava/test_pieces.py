@@ -155,6 +155,32 @@ def test_an_iterator_that_ends_early_says_how_much_is_missing(tiny_model) -> Non
 
 
 @torch.no_grad()
+def test_an_iterator_that_goes_on_is_an_error(tiny_model) -> None:
+    model, inputs = tiny_model(), prompt()
+    pixels = list(inputs["pixel_values"])
+    with pytest.raises(ValueError, match="goes on behind the 10 pictures"):
+        model.generate(**inputs | {"pixel_values": iter([*pixels, pixels[0]])}, **GREEDY)
+    with pytest.raises(ValueError, match="without a cache"):
+        model.generate(**inputs | {"pixel_values": iter(pixels)}, **GREEDY, use_cache=False)
+
+
+@torch.no_grad()
+def test_a_mask_of_another_length_is_named(tiny_model) -> None:
+    model, ids = tiny_model(), row(20, [])
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="attention_mask has 3 columns, but there are 20 cached tokens and 3 new"):
+        model(ids[:, :3], attention_mask=torch.ones(1, 3, dtype=torch.long), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_hidden_states_are_those_of_the_whole(tiny_model) -> None:
+    model, inputs = tiny_model(), prompt()
+    model.config.text_config.output_hidden_states = True
+    outputs = model(**inputs, use_cache=True, prefill_chunk_size=16)
+    assert outputs.hidden_states[-1].shape[1] == inputs["input_ids"].shape[1]
+
+
+@torch.no_grad()
 def test_an_iterator_cannot_serve_beams_or_several_rows_in_pieces(tiny_model) -> None:
     model = tiny_model()
     with pytest.raises(ValueError, match="pixel_values is a list_iterator.*beams"):

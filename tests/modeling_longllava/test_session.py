@@ -3,13 +3,16 @@
 import itertools
 import json
 import struct
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from transformers import GenerationConfig
 
 from longllava.modeling_longllava import LongLlavaSession
 from longllava.modeling_longllava.session import Watched
@@ -104,6 +107,83 @@ def test_a_conversation_without_pictures(pair: Pair) -> None:
     assert second == pair.fresh([user(text("Hello")), assistant(first), user(text("Again"))])
 
 
+def test_live_frames_take_options(pair: Pair, pictures: list[Image.Image]) -> None:
+    session = pair.session()
+    assert session.watch(video=iter(pictures), tokens_per_frame=1) == [Watched(4, 4)]
+    expected = pair.fresh([user({"type": "video", "video": pictures}, text("Who?"))], tokens_per_frame=1)
+    assert session.ask("Who?", **OPTIONS) == expected
+
+
+def test_a_template_that_changes_what_was_read_is_an_error(pair: Pair, pictures: list[Image.Image]) -> None:
+    session = pair.session()
+    session.watch(images=pictures)
+    template = pair.processor.chat_template
+    pair.processor.chat_template = template.replace("<|User|>", "<|Human|>")
+    before = session.messages, session.num_tokens
+    with pytest.raises(ValueError, match="the first .* characters of this conversation otherwise"):
+        session.ask("What?")
+    assert (session.messages, session.num_tokens) == before
+    pair.processor.chat_template = template
+    assert session.ask("What?", **OPTIONS) == pair.fresh([user(*map(image, pictures), text("What?"))])
+
+
+def test_an_answer_that_spells_a_placeholder_does_not_end_the_conversation(pair: Pair, pictures, monkeypatch) -> None:
+    session = pair.session()
+    session.watch(images=pictures[:1])
+    decode = pair.processor.tokenizer.decode
+    monkeypatch.setattr(pair.processor.tokenizer, "decode", lambda *_, **__: "use <video> or <image>")
+    assert session.ask("How?", **OPTIONS) == "use <video> or <image>"
+    monkeypatch.setattr(pair.processor.tokenizer, "decode", decode)
+    session.watch(images=pictures[1:2])
+    history = [user(image(pictures[0]), text("How?")), assistant("use < video> or < image>")]
+    expected = pair.fresh([*history, user(image(pictures[1]), text("And?"))])
+    assert session.ask("And?", **OPTIONS) == expected
+
+
+@pytest.mark.parametrize("mode", ["inference", "autocast"])
+def test_the_modes_of_the_caller_do_not_reach_the_cache(pair: Pair, pictures: list[Image.Image], mode: str) -> None:
+    modes = {"inference": torch.inference_mode(), "autocast": torch.autocast("cpu", torch.bfloat16)}
+    session = pair.session()
+    with modes[mode]:
+        session.watch(images=pictures)
+        first = "".join(session.fork().stream("What?", **OPTIONS))
+        assert session.ask("What?", **OPTIONS) == first
+    assert first == pair.fresh([user(*map(image, pictures), text("What?"))])
+    session.rewind()
+    assert session.ask("What?", **OPTIONS) == first
+
+
+def test_forks_in_threads_keep_apart(pair: Pair, pictures: list[Image.Image]) -> None:
+    """With a switch of threads after every few operations, a race for the room behind the past would show."""
+    session = pair.session()
+    session.watch(images=pictures[:2])
+    questions = [f"Question {number}" for number in range(4)]
+    expected = [session.fork().ask(question, **OPTIONS) for question in questions]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(5):
+                found = list(pool.map(lambda question: session.fork().ask(question, **OPTIONS), questions))
+                assert found == expected
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_only_the_last_turn_is_read_again(pair: Pair) -> None:
+    """A second answer that is tokenized otherwise does not cost the first turn."""
+    pair.model.generation_config.suppress_tokens += [0, 1, 2]  # which no tokenizer makes of an answer
+    session = pair.session()
+    session.ask("A long question " * 20, **OPTIONS)
+    session.ask("Second?", **OPTIONS)
+    read: list[int] = []
+    hook = lambda _, args, kwargs: read.append(kwargs["inputs_embeds"].shape[1])  # noqa: E731
+    pair.model.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
+    session._ids[0, -2] += 1
+    session.ask("Third?", **OPTIONS)
+    assert 20 < read[0] < 200 < session.num_tokens
+
+
 @pytest.mark.parametrize("frames", [1, 5, 70])
 def test_live_frames(pair: Pair, frames: int, pictures: list[Image.Image]) -> None:
     """More frames than one group; the video ends where the iterator does."""
@@ -159,7 +239,7 @@ def test_a_stream_closed_early_keeps_what_was_written(pair: Pair) -> None:
     session = pair.session()
     pieces = session.stream("What is it?", max_new_tokens=500, logits_processor=[words])
     first = next(pieces)
-    with pytest.raises(RuntimeError, match="being streamed"):
+    with pytest.raises(RuntimeError, match="another call .* being streamed"):
         session.ask("Too early")
     pieces.close()
     kept = session.messages[1]["content"][0]["text"]
@@ -319,13 +399,24 @@ def test_bad_calls_change_nothing(pair: Pair, pictures: list[Image.Image], tiny_
         (lambda: session.watch(), "one of the two"),
         (lambda: session.watch(images=pictures, video=pictures), "one of the two"),
         (lambda: session.watch(video=iter([])), "before its first frame"),
+        (lambda: session.watch(images=[]), "0 pictures"),
+        (lambda: session.watch(images=iter([])), "0 pictures"),
+        (lambda: session.watch(video=iter(pictures), fps=2.0), "fps is 2.0, but of live frames each"),
+        (lambda: session.watch(images=pictures, token_per_image=4), "token_per_image is no option"),
+        (lambda: list(session.stream("What?", streamer=None)), "a streamer of its own"),
+        (lambda: session.ask("What?", generation_config=GenerationConfig(num_beams=3)), "num_beams is 3"),
         (lambda: session.watch(images=pictures, tokens_per_image=5), "tokens_per_image=5"),
         (lambda: session.ask("What?", max_new_tokens=-1), "max_new_tokens"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
         assert (session.messages, session.num_tokens) == before
-    pair.model.bfloat16()
+    with pytest.raises(FileNotFoundError, match="no folder nowhere"):
+        session.save(Path("nowhere") / "session")
+    pair.model.train()
+    with pytest.raises(ValueError, match="training mode"):
+        session.ask("What?")
+    pair.model.eval().bfloat16()
     with pytest.raises(ValueError, match="torch.float32, but the model is torch.bfloat16"):
         session.ask("What?")
     pair.model.float()
