@@ -273,8 +273,12 @@ def _same_sequence(seq_idx: Tensor, chunk: slice) -> Tensor:
     return same.transpose(0, 1)[..., None, None]
 
 
-def _chunk_states(x, delta, A_t, B, start_state, keep, decay, states) -> None:
-    """Fill `decay` and `states`, both (time, batch, state, channel), for one chunk that begins in `start_state`."""
+def _chunk_states(x, delta, A_t, B, start_state, keep, decay, states, steps) -> None:
+    """Fill `decay` and `states`, both (time, batch, state, channel), for one chunk that begins in `start_state`.
+
+    `steps` holds the views of each step, (states[t], decay[t]): to make them anew for each chunk takes as long as the
+    work on a few thousand numbers.
+    """
     # Powers of two, since exp2 is several times faster than exp on a CPU, and twenty times where results underflow.
     torch.mul(delta[:, :, None], A_t * LOG2_E, out=decay)
     decay.exp2_()
@@ -282,7 +286,7 @@ def _chunk_states(x, delta, A_t, B, start_state, keep, decay, states) -> None:
         decay.mul_(keep)
     torch.mul((delta * x)[:, :, None], B[..., None], out=states)
     previous = start_state
-    for step, step_decay in zip(states.unbind(0), decay.unbind(0), strict=True):
+    for step, step_decay in steps[: len(states)]:
         step.addcmul_(step_decay, previous)
         previous = step
 
@@ -301,6 +305,7 @@ def _scan_forward(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, keep_ch
     for block in _blocks(x, A.shape[1]):
         block_state = state[:, :, block].contiguous()
         buffers = x.new_empty(2, min(CHUNK_LENGTH, length), *block_state.shape, dtype=torch.float32)
+        steps = list(zip(buffers[1].unbind(0), buffers[0].unbind(0), strict=True))
         for index, chunk in enumerate(chunks):
             if kept is not None:
                 kept[index, :, :, block] = block_state
@@ -308,7 +313,8 @@ def _scan_forward(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, keep_ch
             delta = F.softplus(dt_c if dt_bias is None else dt_c + dt_bias[block].float())
             decay, states = buffers[:, : chunk.stop - chunk.start].unbind(0)
             keep = None if seq_idx is None else _same_sequence(seq_idx, chunk)
-            _chunk_states(x_c, delta, A_t[:, block], _time_first(B, chunk), block_state, keep, decay, states)
+            B_c = _time_first(B, chunk)
+            _chunk_states(x_c, delta, A_t[:, block], B_c, block_state, keep, decay, states, steps)
             block_state = states[-1].clone()
             y_c = torch.matmul(_time_first(C, chunk)[:, :, None], states)[:, :, 0]  # (time, batch, channel)
             if D is not None:
@@ -352,6 +358,8 @@ class _ChunkedScan(torch.autograd.Function):
                 :, :, block
             ].contiguous()  # gradient that reaches the last state of the chunk from later
             buffers = x.new_empty(4, min(CHUNK_LENGTH, length), *carry.shape, dtype=torch.float32)
+            decay_views, state_views, grad_views = (buffer.unbind(0) for buffer in buffers[:3])
+            views = list(zip(state_views, decay_views, strict=True))
             for index, chunk in reversed(list(enumerate(_chunks(length)))):
                 decay, states, grads, work = buffers[:, : chunk.stop - chunk.start].unbind(0)
                 x_c, dt_c, B_c, C_c = (
@@ -364,7 +372,7 @@ class _ChunkedScan(torch.autograd.Function):
                 delta, A_b = F.softplus(dt_c), A_t[:, block]
                 start_state = chunk_states[index, :, :, block]
                 keep = None if seq_idx is None else _same_sequence(seq_idx, chunk)
-                _chunk_states(x_c, delta, A_b, B_c, start_state, keep, decay, states)
+                _chunk_states(x_c, delta, A_b, B_c, start_state, keep, decay, states, views)
 
                 dy = _time_first(grad_y, chunk, block)  # (time, batch, channel), from here on of the ungated output
                 if z is not None:
@@ -378,7 +386,7 @@ class _ChunkedScan(torch.autograd.Function):
                 dC[:, chunk] += torch.matmul(states, dy[..., None])[..., 0].transpose(0, 1)
 
                 torch.mul(C_c[..., None], dy[:, :, None], out=grads)
-                steps, decays = grads.unbind(0), decay.unbind(0)
+                steps, decays = grad_views[: len(grads)], decay_views[: len(grads)]
                 steps[-1].add_(carry)
                 for t in range(len(steps) - 2, -1, -1):
                     steps[t].addcmul_(decays[t + 1], steps[t + 1])
