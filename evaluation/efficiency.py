@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from longllava.evaluation.measure import Report
 
-# Read when torch loads its threads. If they spin for long while they wait, as by default, they take the cores from each
-# other as soon as anything else runs on the machine; if they sleep at once, small operations wait for them.
+# Read when torch loads its threads. If they spin for long while they wait, as by default, they take the cores from
+# each other as soon as anything else runs on the machine; if they sleep at once, small operations wait for them.
 os.environ.setdefault("GOMP_SPINCOUNT", "500")
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)

@@ -317,10 +317,14 @@ class LongLlavaModel(LongLlavaPreTrainedModel):
         features: list[Tensor] = []
         for start in range(0, len(grids), self.config.vision_batch_size):
             group = grids[start : start + self.config.vision_batch_size]
-            pixels = list(islice(pictures, len(group)))
-            if len(pixels) < len(group):
-                raise ValueError(f"pixel_values ended {len(grids) - start - len(pixels)} pictures before the input")
-            patches = self._encode(torch.stack(pixels))
+            pixels, count = None, 0
+            for picture in islice(pictures, len(group)):  # one by one: each may be gone once it is copied
+                pixels = picture.new_empty(len(group), *picture.shape) if pixels is None else pixels
+                pixels[count] = picture
+                count += 1
+            if pixels is None or count < len(group):
+                raise ValueError(f"pixel_values ended {len(grids) - start - count} pictures before the input")
+            patches = self._encode(pixels)
             first = 0
             for (rows, columns), same in groupby(group):
                 stop = first + len(list(same))
