@@ -172,6 +172,9 @@ def why(error: Exception) -> str:
 # Memory
 
 
+M_MMAP_THRESHOLD = -3  # of mallopt(3)
+
+
 def release(device: torch.device) -> None:
     """Give memory that nobody uses any more back to the system."""
     gc.collect()
@@ -180,6 +183,16 @@ def release(device: torch.device) -> None:
     elif sys.platform == "linux":
         # The allocator keeps freed memory resident, where a later peak could hide.
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_nothing_freed() -> None:
+    """From now on every block of 128 KB or more goes back to the system when it is freed (Linux; slower).
+
+    Else the allocator keeps blocks for the next of that size, more of them the longer threads take and free them, and
+    the resident memory says what was kept, not what was in use.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)
 
 
 def peak_memory(device: torch.device, function: Callable[[], Any]) -> tuple[Any, int | None]:

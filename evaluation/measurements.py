@@ -20,6 +20,7 @@ from longllava.evaluation.measure import (
     Outcome,
     Report,
     budget,
+    keep_nothing_freed,
     limits,
     machine,
     peak_memory,
@@ -198,6 +199,7 @@ def measure_images(
     `tails` are numbers of pictures that are not read in full: the last pieces of their prompts run on a cache that is
     already as long. With a budget the largest number that fits is found in the same way.
     """
+    keep_nothing_freed()  # memory is what this is about; on a CPU the seconds are longer for it
     config = workloads.build_config(size)
     tokens_per_image = tokens_per_image or config.tokens_per_image
     report = Report(
@@ -334,16 +336,10 @@ class _Reader:
         return found | {"tokens_per_second": statistics.median(rates)}
 
     def measured(self, run: Callable[[int], dict[str, Any]], pictures: int) -> dict[str, Any]:
-        """Figures of one run, or a `note` that says why there are none.
-
-        On a CPU memory is the largest of three runs: threads that decode ahead hold their most only now and then.
-        """
+        """Figures of one run, or a `note` that says why there are none."""
         device = self.model.device
         try:
             (found, seconds), peak = peak_memory(device, lambda: timed(device, lambda: run(pictures)))
-            for _ in range(2 if device.type == "cpu" else 0):
-                again = peak_memory(device, lambda: run(pictures))[1]
-                peak = again if peak is None or again is None else max(peak, again)
         except Exception as error:
             return {"note": why(error)}
         cache = found.pop("cache")
