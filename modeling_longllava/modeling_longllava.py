@@ -135,6 +135,29 @@ def select_pictures(pictures: Tensor | Iterable[Tensor], indices: list[int]) -> 
     return (picture for index, picture in enumerate(pictures) if index in wanted)
 
 
+class PictureFeed:
+    """Hands out pictures in order: `feed(n)` is the next n, fewer at the end, as a tensor (n, 3, S, S).
+
+    Of a tensor these are views; what comes picture by picture is copied at once, since it may be gone after that.
+    """
+
+    def __init__(self, pictures: Tensor | Iterable[Tensor]):
+        self.whole = pictures if isinstance(pictures, Tensor) else None
+        self.pictures = iter(()) if isinstance(pictures, Tensor) else iter(pictures)
+        self.given = 0
+
+    def __call__(self, count: int) -> Tensor:
+        self.given += count
+        if self.whole is not None:
+            return self.whole[self.given - count : self.given]
+        group, filled = torch.empty(0), 0
+        for picture in islice(self.pictures, count):
+            group = group if filled else picture.new_empty(count, *picture.shape)
+            group[filled] = picture
+            filled += 1
+        return group[:filled]
+
+
 class LongLlavaMultiModalProjector(nn.Module):
     """Linear, activation, linear: from the width of the vision tower to that of the language model."""
 
@@ -294,7 +317,7 @@ class LongLlavaModel(LongLlavaPreTrainedModel):
         if image_grid_hw is None and not isinstance(pixel_values, Sized):
             pixel_values = torch.stack(list(pixel_values))
         grids = self._grids(pixel_values, image_grid_hw)
-        return BaseModelOutputWithPooling(pooler_output=tuple(self._features(iter(pixel_values), grids)))
+        return BaseModelOutputWithPooling(pooler_output=tuple(self._features(PictureFeed(pixel_values), grids)))
 
     def _grids(
         self, pixel_values: Tensor | Iterable[Tensor], image_grid_hw: Tensor | None, tokens: int = 0
@@ -312,18 +335,14 @@ class LongLlavaModel(LongLlavaPreTrainedModel):
                 raise ValueError(f"A picture cannot have {rows} x {columns} tokens")
         return grids
 
-    def _features(self, pictures: Iterator[Tensor], grids: list[tuple[int, int]]) -> list[Tensor]:
-        """Features (rows * columns, H) of the next `len(grids)` pictures (3, S, S)."""
+    def _features(self, pictures: PictureFeed, grids: list[tuple[int, int]]) -> list[Tensor]:
+        """Features (rows * columns, H) of the next `len(grids)` pictures."""
         features: list[Tensor] = []
         for start in range(0, len(grids), self.config.vision_batch_size):
             group = grids[start : start + self.config.vision_batch_size]
-            pixels, count = None, 0
-            for picture in islice(pictures, len(group)):  # one by one: each may be gone once it is copied
-                pixels = picture.new_empty(len(group), *picture.shape) if pixels is None else pixels
-                pixels[count] = picture
-                count += 1
-            if pixels is None or count < len(group):
-                raise ValueError(f"pixel_values ended {len(grids) - start - count} pictures before the input")
+            pixels = pictures(len(group))
+            if len(pixels) < len(group):
+                raise ValueError(f"pixel_values ended {len(grids) - start - len(pixels)} pictures before the input")
             patches = self._encode(pixels)
             first = 0
             for (rows, columns), same in groupby(group):
@@ -382,7 +401,8 @@ class LongLlavaModel(LongLlavaPreTrainedModel):
                 left[row] -= count
             plans.append(plan)
         order = [picture for plan in plans for row in plan for picture in row]
-        pictures = iter(pixel_values if order == list(range(len(order))) else select_pictures(pixel_values, order))
+        in_order = order == list(range(len(order)))
+        pictures = PictureFeed(pixel_values if in_order else select_pictures(pixel_values, order))
         rest: list[Tensor | None] = [None] * len(waiting)
         for plan, piece in zip(plans, counts, strict=True):
             new = iter(self._features(pictures, [grids[picture] for row in plan for picture in row]))
@@ -395,7 +415,7 @@ class LongLlavaModel(LongLlavaPreTrainedModel):
                     own, rest[row] = [joined[:count]], joined[count:] if count < len(joined) else None
                 merged += own
             yield merged
-        if not isinstance(pixel_values, Sized) and next(pictures, None) is not None:
+        if not isinstance(pixel_values, Sized) and len(pictures(1)) > 0:
             raise ValueError(f"pixel_values goes on behind the {len(order)} pictures of the input")
 
     def _pieces(self, length: int, size: int, cache: Cache | None, kwargs: dict) -> list[slice]:
