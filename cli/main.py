@@ -64,11 +64,21 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def loading(model: str) -> Iterator[None]:
-    """Name the model in errors of files and network, which otherwise say only that something was not found."""
+    """Name the model in errors of files and network, which otherwise say only that something was not found.
+
+    The bars of the libraries are hidden meanwhile: a model on this machine is loaded before one can read them.
+    """
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         yield
     except OSError as error:
         raise OSError(f"model {model}: {error}") from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextmanager
@@ -152,13 +162,10 @@ def chat(
         raise typer.BadParameter(f"--dtype is auto, float32, bfloat16 or float16, not {dtype}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    # Of all that the libraries say, only how far the reading of many pictures has come is to be seen.
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     with loading(source):
         processor = LongLlavaProcessor.from_pretrained(source)
         network = LongLlavaForConditionalGeneration.from_pretrained(source, dtype=dtype).to(device).eval()
-    logging.enable_progress_bar()
     if session is not None and session.exists():
         talk = LongLlavaSession.load(session, network, processor)
     else:

@@ -15,11 +15,16 @@ if TYPE_CHECKING:
 
     from longllava.evaluation.measure import Report
 
-# Read when torch loads its threads. If they spin for long while they wait, as by default, they take the cores from
-# each other as soon as anything else runs on the machine; if they sleep at once, small operations wait for them.
-os.environ.setdefault("GOMP_SPINCOUNT", "500")
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+
+@app.callback(help=__doc__)
+def _measuring() -> None:
+    # Read when torch loads its threads, which each command does itself. If they spin for long while they wait, as by
+    # default, they take the cores from each other as soon as anything else runs on the machine; if they sleep at once,
+    # as the other commands let them, small operations wait for them.
+    os.environ.setdefault("GOMP_SPINCOUNT", "500")
+
 
 Output = Annotated[Path | None, typer.Option(help="Folder for the figures as JSON and their plot.")]
 Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1 ...")]
